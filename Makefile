@@ -1,0 +1,59 @@
+# make demo   compile the embedded model to int8 and compare perplexity before and after
+# make test   everything a change has to pass: lint, types, tests
+# make lint   ruff and mypy alone
+# make clean  remove the environment and what was built
+#
+# PYTHON chooses the interpreter (3.11 or 3.12), VENV the environment, PYTEST_ARGS what pytest runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+DEMO_MODEL ?= demo
+DEMO_PASSES ?= hadamard,percentile
+DEMO_OUT ?= build/demo
+
+# pip resolves by the pins, also in the isolated environment in which it builds the package: for
+# that one it reads the first name or the second, by its version.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# pip comes last into a new environment: without it the environment is not whole.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+	  { echo "ssmc needs Python 3.11 or 3.12, and $(PYTHON) is not; try make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/ssmc compile $(DEMO_MODEL) --passes $(DEMO_PASSES) -o $(DEMO_OUT) --force
+	$(BIN)/ssmc eval $(DEMO_MODEL)
+	$(BIN)/ssmc eval $(DEMO_OUT)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

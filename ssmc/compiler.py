@@ -1,0 +1,210 @@
+"""The compiler: a model in, a compiled model out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmc.core import Context, Graph, Pass, Record, run_passes
+from ssmc.core.numerics import block_numerics
+from ssmc.core.options import PassSpec, parse_passes
+from ssmc.core.pipeline import relative_error, signal_to_noise
+from ssmc.core.report import Report
+from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
+from ssmc.errors import UsageError
+from ssmc.frontend import Model, load_model, trace
+from ssmc.recipe import Recipe, make_recipe
+from ssmc.runtime import Artefact, CompiledModel
+
+CALIBRATION_BATCH = 8
+PROBE_LENGTH = 64
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Hooks:
+    """What a caller hears: each pass as it starts and ends, and how far a long one is."""
+
+    on_start: Callable[[Pass], None] = lambda p: None
+    on_pass: Callable[[Record, Graph], None] = lambda record, graph: None
+    progress: Callable[[int, int], None] = lambda done, total: None
+    crash_folder: Path | None = None
+
+
+@dataclass
+class Source:
+    """What is compiled: the traced graph and where it came from."""
+
+    graph: Graph
+    about: dict[str, Any] = field(default_factory=dict)
+    calibration: list[Inputs] = field(default_factory=list)
+    tokenizer: str | None = None
+
+
+def compile(
+    model: str | nn.Module,
+    example_inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+    *,
+    passes: str | Sequence[PassSpec] = "hadamard,percentile",
+    calibration: str | Path | torch.Tensor | Iterable[Any] | None = None,
+    scheme: str = "w8a8",
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    backend: str = "auto",
+    hooks: Hooks | None = None,
+) -> CompiledModel:
+    """Trace `model`, run `passes` over it and lower it.
+
+    `model` is anything `ssmc compile` takes, a Hugging Face causal language model, or any torch
+    module that uses `ssmc.ops` (then with `example_inputs`, a tuple of tensors whose first
+    dimension is the batch and whose second is the length). `calibration` is a text file for a
+    model with a tokenizer, else tensors of inputs [n, length, ...], or batches of them.
+
+    Raises UsageError, UnsupportedError, PassError or NumericsError (see ssmc.errors).
+    """
+    named = [p for p in parse_passes(passes)] if not isinstance(passes, str) else passes
+    recipe = make_recipe(
+        passes=named if isinstance(named, str) else [{p.name: p.options()} for p in named],
+        scheme=scheme,
+        calibration=str(calibration) if isinstance(calibration, str | Path) else None,
+        samples=samples,
+        length=length,
+        seed=seed,
+        backend=backend,
+    )
+    source = read_source(model, recipe, example_inputs, calibration)
+    return compile_source(source, recipe, hooks or Hooks())
+
+
+def read_source(
+    model: str | nn.Module,
+    recipe: Recipe,
+    example_inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+    calibration: Any = None,
+) -> Source:
+    """Load and trace a model, and cut its calibration text into batches."""
+    if isinstance(model, str):
+        loaded = load_model(model)
+        return _checkpoint_source(loaded, recipe)
+    graph = trace(model, example_inputs)
+    about = {"source": {"kind": "module", "name": type(model).__name__}}
+    batches = _given_batches(calibration, example_inputs)
+    return Source(graph, about, batches)
+
+
+def _checkpoint_source(model: Model, recipe: Recipe) -> Source:
+    windows, about = calibration_windows(model, recipe)
+    source = {
+        "kind": model.kind,
+        "name": model.name,
+        "fingerprint": model.fingerprint,
+        "float_bytes": model.float_bytes,
+    }
+    return Source(
+        trace(model.module),
+        {"source": source, "calibration": about, "eos": model.eos_token_id},
+        [(batch,) for batch in windows.split(CALIBRATION_BATCH)],
+        model.tokenizer.to_str() if model.tokenizer else None,
+    )
+
+
+def calibration_windows(model: Model, recipe: Recipe) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The calibration windows [samples, length] of a model's recipe, and where they come from."""
+    from ssmc.demo import calibration_file
+
+    path = Path(recipe.calibration) if recipe.calibration else calibration_file()
+    if model.tokenizer is None or model.eos_token_id is None:
+        raise UsageError(
+            f"{model.name} has no tokenizer, so no text can calibrate it",
+            hint="put its tokenizer.json into the model's folder",
+        )
+    cut = token_windows(model.tokenizer, read_texts(path), model.eos_token_id, recipe.length, str(path))
+    windows = sample_windows(cut, recipe.samples, recipe.seed)
+    about = {"file": path.name, "sha256": file_hash(path), "windows": len(windows), "length": recipe.length}
+    return windows, about
+
+
+def _given_batches(calibration: Any, example_inputs: Any) -> list[Inputs]:
+    if isinstance(calibration, str | Path):
+        raise UsageError("a module without a tokenizer calibrates on tensors, not on a text file")
+    if calibration is None:
+        given = [example_inputs] if example_inputs is not None else []
+    elif isinstance(calibration, torch.Tensor):
+        given = list(calibration.split(CALIBRATION_BATCH))
+    else:
+        given = list(calibration)
+    return [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in given]
+
+
+def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledModel:
+    """Run the recipe's plan over a source and lower the result."""
+    plan = recipe.plan()
+    context = make_context(source, recipe, hooks)
+    split = next((i for i, p in enumerate(plan) if p.stage == "quantise"), len(plan))
+    report = _run(source.graph, plan[:split], context, hooks)
+    reference = source.graph.copy()
+    report.records += _run(source.graph, plan[split:], context, hooks).records
+    artefact = Artefact(
+        source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
+    )
+    compiled = CompiledModel(artefact, recipe.backend)
+    artefact.report = _report(compiled, report, reference, context)
+    artefact.about["metrics"] = _metrics(compiled, reference, context)
+    return compiled
+
+
+def make_context(source: Source, recipe: Recipe, hooks: Hooks) -> Context:
+    """The calibration batches, and the start of two of its sequences as the probe."""
+    probe = None
+    if source.calibration:
+        probe = tuple(_cut(x) for x in source.calibration[0])
+    return Context(source.calibration, probe, recipe.seed, hooks.progress)
+
+
+def _cut(x: torch.Tensor) -> torch.Tensor:
+    return (x[:2, :PROBE_LENGTH] if x.dim() > 1 else x[:2]).contiguous()
+
+
+def _run(g: Graph, plan: Sequence[Pass], context: Context, hooks: Hooks) -> Report:
+    return run_passes(g, plan, context, hooks.on_start, hooks.on_pass, hooks.crash_folder)
+
+
+def _about(source: Source, recipe: Recipe, plan: Sequence[Pass]) -> dict[str, Any]:
+    resolved = recipe.model_copy(update={"passes": [{p.name: p.options()} for p in plan]})
+    tools = {name: importlib.metadata.version(name) for name in ("ssmc", "torch")}
+    return {**source.about, "tools": tools, "recipe": resolved.model_dump()}
+
+
+def _report(
+    compiled: CompiledModel, report: Report, reference: Graph, context: Context
+) -> dict[str, Any]:
+    numerics = []
+    if context.probe is not None:
+        numerics = block_numerics(compiled.graph, reference, context.probe)
+    return {
+        "passes": report.to_json(timing=False),
+        "lowering": {"fused": compiled.lowered.fused, "kept": compiled.lowered.kept},
+        "numerics": numerics,
+    }
+
+
+def _metrics(compiled: CompiledModel, reference: Graph, context: Context) -> dict[str, Any]:
+    if context.probe is None:
+        return {}
+    expected, value = (_first(g(*context.probe)[0]) for g in (reference, compiled.graph))
+    agreement = (expected.argmax(-1) == value.argmax(-1)).double().mean().item()
+    error = relative_error(value, expected)
+    ratio = signal_to_noise(value, expected) if error else None
+    return {"probe_signal_to_noise_db": ratio, "probe_top1_agreement": agreement}
+
+
+def _first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,94 @@
+"""What a pass changed: nodes, and parameters by value.
+
+Rotations and foldings change weights and leave the nodes alone, so a diff of nodes would call
+them nothing; parameters are compared by their statistics and their hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ssmc.core.graph import Graph
+from ssmc.core.text import graph_lines
+
+
+@dataclass(frozen=True)
+class ParamStats:
+    """A tensor at a glance. `kurtosis` is the fourth standardised moment (3 for a Gaussian)."""
+
+    dtype: str
+    shape: list[int]
+    absmax: float
+    kurtosis: float
+    sha256: str
+
+
+@dataclass
+class Diff:
+    """Lines of nodes that went and came, and (before, after) statistics of changed tensors."""
+
+    removed: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    params: dict[str, tuple[ParamStats | None, ParamStats | None]] = field(default_factory=dict)
+    nodes_before: int = 0
+    nodes_after: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A graph as it was: its lines, and its tensors (never changed in place, so not copied)."""
+
+    lines: dict[str, str]
+    params: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, g: Graph) -> Snapshot:
+        """The present of `g`."""
+        return cls(graph_lines(g), g.params())
+
+
+def difference(before: Snapshot, after: Snapshot) -> Diff:
+    """What is different between two moments of a graph."""
+    old, new = set(before.lines.values()), set(after.lines.values())
+    changed = [
+        name
+        for name in dict.fromkeys([*before.params, *after.params])
+        if before.params.get(name) is not after.params.get(name)
+    ]
+    return Diff(
+        removed=[line for line in before.lines.values() if line not in new],
+        added=[line for line in after.lines.values() if line not in old],
+        params={n: (_stats(before.params.get(n)), _stats(after.params.get(n))) for n in changed},
+        nodes_before=len(before.lines),
+        nodes_after=len(after.lines),
+    )
+
+
+def _stats(value: torch.Tensor | None) -> ParamStats | None:
+    return None if value is None else param_stats(value)
+
+
+def param_stats(value: torch.Tensor) -> ParamStats:
+    """Statistics and hash of a tensor; those of a tensor on the meta device are NaN."""
+    shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
+    if value.device.type == "meta":
+        return ParamStats(dtype, shape, float("nan"), float("nan"), "")
+    x = value.detach().double().flatten()
+    spread = x - x.mean()
+    variance = spread.square().mean()
+    kurtosis = (spread.pow(4).mean() / variance.square()).item() if variance > 0 else 0.0
+    return ParamStats(dtype, shape, x.abs().max().item(), kurtosis, tensor_hash(value))
+
+
+def tensor_hash(value: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,259 @@
+"""A traced model: a torch.fx graph, its tensors, its states, and what passes do to them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ssmc.core import dialect
+from ssmc.core.state import States, StateSpec, fresh_states
+from ssmc.errors import NumericsError, PassError
+
+BATCH, LENGTH = 1009, 1013  # primes that stand for the dynamic extents in meta tensors
+Output = tuple[Any, States]
+
+
+class Graph:
+    """A model as one graph of functional operators.
+
+    Inputs are the model's own (`inputs`), then one placeholder a state; the output node holds
+    `(result, (new_state, ...))` with the states in the order of `states`. Tensors are buffers
+    of `module`, named as in the model they come from, and never changed in place: the model
+    that was traced stays as it was.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        inputs: Iterable[str],
+        states: Iterable[StateSpec] = (),
+    ) -> None:
+        self.module = fx.GraphModule(root, graph, class_name="Graph")
+        self.inputs = tuple(inputs)
+        self.states = tuple(states)
+        self.facts: dict[str, Any] = {}  # results of analyses, by name
+        self.ranges: dict[str, Any] = {}  # observers of activations, by node name
+        self.matched: list[str] = []
+        self.skipped: list[dict[str, str]] = []
+
+    # -- reading ------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node, in execution order."""
+        return list(self.module.graph.nodes)
+
+    def calls(self, name: str) -> list[fx.Node]:
+        """Every call of the operator called `name` (`ssmc::linear`, `add`)."""
+        return [n for n in self.nodes if is_call(n, name)]
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`; KeyError where there is none."""
+        return next(n for n in self.nodes if n.name == name)
+
+    @property
+    def result(self) -> Any:
+        """The node (or tuple of nodes) the graph gives as its result."""
+        return self._output.args[0][0]  # type: ignore[index]
+
+    @property
+    def new_states(self) -> tuple[fx.Node, ...]:
+        """The nodes of the states after the call, in the order of `states`."""
+        return tuple(self._output.args[0][1])  # type: ignore[index, arg-type]
+
+    @property
+    def _output(self) -> fx.Node:
+        return self.nodes[-1]
+
+    # -- tensors ------------------------------------------------------------------------------
+
+    def params(self) -> dict[str, torch.Tensor]:
+        """Every tensor a node refers to, by name, in order of first use."""
+        names = dict.fromkeys(str(n.target) for n in self.nodes if n.op == "get_attr")
+        return {name: self.module.get_buffer(name) for name in names}
+
+    def param(self, node: fx.Node) -> torch.Tensor:
+        """The tensor behind a get_attr node."""
+        if node.op != "get_attr":
+            raise PassError(f"node '{node.name}' is computed ({node.op}), not a parameter")
+        return self.module.get_buffer(str(node.target))
+
+    def set_param(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
+        """Replace the tensor behind a get_attr node, for all its users."""
+        put_tensor(self.module, str(node.target), value)
+        node.meta["val"] = value.to("meta")
+        return node
+
+    def new_param(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A get_attr node for a new tensor called `name`, or for the one of that name."""
+        for node in self.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return self.set_param(node, value)
+        put_tensor(self.module, name, value)
+        first = next(n for n in self.nodes if n.op != "placeholder")
+        with self.module.graph.inserting_before(first):
+            node = self.module.graph.get_attr(name)
+        node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
+        return node
+
+    # -- rewriting ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """New calls go in front of `node`."""
+        with self.module.graph.inserting_before(node):
+            yield
+
+    @contextlib.contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """The next new call goes right behind `node` (behind all inputs, if it is one)."""
+        if node.op not in ("placeholder", "get_attr"):
+            with self.module.graph.inserting_after(node):
+                yield
+        else:
+            with self.before(next(n for n in self.nodes if n.op in ("call_function", "output"))):
+                yield
+
+    def call(self, name: str, *args: Any, like: fx.Node, suffix: str = "") -> fx.Node:
+        """A call of operator `name` at the insertion point.
+
+        Its value is inferred by running the operator on meta tensors; owner and layer are
+        taken over from `like`, whose name with `suffix` names the node.
+        """
+        hint = f"{like.name}_{suffix}" if suffix else like.name
+        node = self.module.graph.create_node(
+            "call_function", dialect.resolve(name), args, {}, name=hint
+        )
+        node.meta.update({k: like.meta[k] for k in ("owner", "layer") if k in like.meta})
+        node.meta["val"] = infer(node)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` use `new`, except `new` itself, and drop `old` if unused."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if not old.users and old.op not in ("placeholder", "get_attr"):
+            self.module.graph.erase_node(old)
+
+    def match(self, node: fx.Node) -> fx.Node:
+        """Count `node` among those the running pass applied to."""
+        self.matched.append(node.name)
+        return node
+
+    def skip(self, node: fx.Node, reason: str) -> None:
+        """Say why the running pass leaves `node` alone."""
+        self.skipped.append({"node": node.name, "reason": reason})
+
+    def finish(self) -> None:
+        """Drop what nothing uses any more, infer values anew, and recompile."""
+        self.module.graph.eliminate_dead_code()
+        for node in self.nodes:
+            if node.op == "call_function":
+                node.meta["val"] = infer(node)
+        drop_unused_tensors(self.module, set(self.params()))
+        self.module.recompile()
+
+    def copy(self) -> Graph:
+        """An independent graph over the same tensors."""
+        graph = fx.Graph()
+        names: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.module.graph, names)
+        graph.output(output)
+        twin = Graph(self.module, graph, self.inputs, self.states)
+        for old, new in names.items():
+            new.meta = dict(old.meta)
+        twin.ranges = dict(self.ranges)
+        return twin
+
+    # -- running ------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: torch.Tensor, states: States | None = None) -> Output:
+        """The result and the new states, from the inputs and the states (default: fresh)."""
+        states = self._states(inputs, states)
+        with torch.no_grad():
+            result, new = self.module(*inputs, *(states[s.name] for s in self.states))
+        return result, dict(zip((s.name for s in self.states), new, strict=True))
+
+    def watch(
+        self,
+        seen: Callable[[fx.Node, Any], None],
+        *inputs: torch.Tensor,
+        states: States | None = None,
+    ) -> Any:
+        """Run, showing `seen` every node's value as it is computed. Returns the result."""
+        states = self._states(inputs, states)
+        with torch.no_grad():
+            watcher = _Watcher(self.module, seen)
+            return watcher.run(*inputs, *(states[s.name] for s in self.states))[0]
+
+    def _states(self, inputs: tuple[torch.Tensor, ...], states: States | None) -> States:
+        if states is None:
+            return fresh_states(self.states, inputs[0].shape[0], inputs[0].device)
+        return states
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, seen: Callable[[fx.Node, Any], None]) -> None:
+        super().__init__(module)
+        self.seen = seen
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.seen(n, value)
+        return value
+
+
+def is_call(value: Any, *names: str) -> bool:
+    """Whether `value` is a node that calls one of the operators named."""
+    return (
+        isinstance(value, fx.Node)
+        and value.op == "call_function"
+        and dialect.target_name(value.target) in names
+    )
+
+
+def infer(node: fx.Node) -> Any:
+    """The meta value of a call, from the meta values of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def put_tensor(root: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Make `value` the buffer called `name` (dotted), with the modules on the way."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if leaf in root._parameters or leaf in root.__dict__:
+        delattr(root, leaf)
+    root.register_buffer(leaf, value.detach())
+
+
+def drop_unused_tensors(root: nn.Module, used: set[str]) -> None:
+    """Delete buffers outside `used`, and the modules left empty."""
+    for prefix, module in list(root.named_modules(remove_duplicate=False)):
+        for leaf in list(module._buffers):
+            if f"{prefix}.{leaf}".lstrip(".") not in used:
+                del module._buffers[leaf]
+    for prefix, module in reversed(list(root.named_modules(remove_duplicate=False))):
+        for name, child in list(module._modules.items()):
+            if child is not None and not child._buffers and not child._modules:
+                del module._modules[name]
+
+
+def check_finite(node: fx.Node, value: Any) -> None:
+    """Raise NumericsError naming `node` where `value` holds NaN or infinity."""
+    for tensor in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            if not torch.isfinite(tensor).all():
+                where = f"node '{node.name}'" if node.op != "get_attr" else f"tensor '{node.target}'"
+                raise NumericsError(
+                    f"{where} holds NaN or infinity",
+                    hint="check the checkpoint and the calibration text",
+                )

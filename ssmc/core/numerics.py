@@ -1,0 +1,65 @@
+"""Signal-to-noise of a graph against another that has the same node names, value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ssmc.core.graph import Graph, is_call
+from ssmc.core.pipeline import signal_to_noise
+
+Inputs = tuple[torch.Tensor, ...]
+PARTS = {"conv1d": "conv1d out", "scan": "scan out", "out_proj": "out_proj out"}
+
+
+def compare_values(
+    g: Graph, reference: Graph, names: set[str], inputs: Inputs
+) -> dict[str, float]:
+    """The signal-to-noise ratio (dB) of each named value of `g` on `inputs`."""
+    expected: dict[str, torch.Tensor] = {}
+    found: dict[str, float] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.name in names:
+            expected[node.name] = value
+
+    def compare(node: fx.Node, value: Any) -> None:
+        if node.name in expected:
+            found[node.name] = signal_to_noise(value, expected[node.name])
+
+    reference.watch(_tensors_only(keep), *inputs)
+    g.watch(_tensors_only(compare), *inputs)
+    return found
+
+
+def _tensors_only(seen: Callable[[fx.Node, Any], None]) -> Callable[[fx.Node, Any], None]:
+    def first(node: fx.Node, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple | list) else value
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            seen(node, value)
+
+    return first
+
+
+def block_numerics(g: Graph, reference: Graph, inputs: Inputs) -> list[dict[str, Any]]:
+    """A row a block, worst first: signal-to-noise (dB) of its output and of its parts.
+
+    `output` is the residual stream behind the block; the parts are named by role.
+    """
+    outputs = _block_outputs(reference)
+    parts = {n.name: n for n in reference.nodes if n.meta.get("role") in PARTS}
+    ratios = compare_values(g, reference, set(outputs.values()) | set(parts), inputs)
+    rows = []
+    for layer, name in outputs.items():
+        row: dict[str, Any] = {"block": layer, "output": ratios[name]}
+        row |= {PARTS[n.meta["role"]]: ratios[n.name] for n in parts.values() if n.meta.get("layer") == layer}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["output"])
+
+
+def _block_outputs(g: Graph) -> dict[int, str]:
+    adds = [n for n in g.nodes if is_call(n, "add") and n.meta.get("layer") is not None]
+    return {n.meta["layer"]: n.name for n in adds}

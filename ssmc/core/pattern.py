@@ -1,0 +1,78 @@
+"""Patterns: the shape of a piece of graph, written as the calls it consists of.
+
+    op.linear(op.rms_norm("x", "gamma"), "weight")
+
+A string captures what stands there, a nested pattern matches the call that produces it, None,
+True and False match themselves, and operands left out match anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ssmc.core import dialect
+from ssmc.core.graph import is_call
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A call of operator `name` with these operands; optionally of one role, or used once."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    role: str | None = None
+    sole_user: bool = False
+
+    def match(self, node: Any) -> Match | None:
+        """The captures where `node` has this shape, else None."""
+        captures: dict[str, Any] = {}
+        return Match(node, captures) if self._match(node, captures) else None
+
+    def _match(self, node: Any, captures: dict[str, Any]) -> bool:
+        if not is_call(node, self.name):
+            return False
+        if self.role is not None and node.meta.get("role") != self.role:
+            return False
+        if self.sole_user and len(node.users) != 1:
+            return False
+        values = dialect.operands(node).values()
+        return all(_operand(p, v, captures) for p, v in zip(self.args, values, strict=False))
+
+
+def _operand(pattern: Any, value: Any, captures: dict[str, Any]) -> bool:
+    if isinstance(pattern, Pattern):
+        return pattern._match(value, captures)
+    if isinstance(pattern, str):
+        return captures.setdefault(pattern, value) is value
+    return value is pattern
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern holds: `node` is its last call; captures are attributes."""
+
+    node: fx.Node
+    captures: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.captures[name]
+        except KeyError:
+            raise AttributeError(f"the pattern captures no '{name}'") from None
+
+
+class _Operators:
+    def __getattr__(self, name: str) -> Callable[..., Pattern]:
+        full = name if name in dialect.FUNCTIONS else f"ssmc::{name}"
+
+        def build(*args: Any, role: str | None = None, sole_user: bool = False) -> Pattern:
+            return Pattern(full, args, role, sole_user)
+
+        return build
+
+
+op = _Operators()

@@ -1,0 +1,147 @@
+"""Runs a plan: everything around a pass that its author need not write.
+
+Around each pass: the analyses it needs, lint and legality, numeric parity on a probe, the diff
+of nodes and parameters, time, one record; on failure a bundle to reproduce it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ssmc.core.diff import Snapshot, difference
+from ssmc.core.graph import Graph
+from ssmc.core.legality import check_graph, check_tensors
+from ssmc.core.passes import Context, Pass, find_pass
+from ssmc.core.report import Record, Report
+from ssmc.core.text import graph_text
+from ssmc.errors import PassError, SsmcError
+
+OnStart = Callable[[Pass], None]
+OnPass = Callable[[Record, Graph], None]
+
+
+def run_passes(
+    g: Graph,
+    plan: Sequence[Pass],
+    context: Context,
+    on_start: OnStart = lambda p: None,
+    on_pass: OnPass = lambda record, graph: None,
+    crash_folder: Path | None = None,
+) -> Report:
+    """Run `plan` over `g` in place and report what each pass did.
+
+    Raises PassError where a pass fails, leaves an illegal graph, or changes the probe's result
+    by more than its `exact_to`; an error of another SsmcError type keeps it. Both name the pass.
+    With `crash_folder`, an unexpected failure leaves a bundle there.
+    """
+    report = Report()
+    for p in plan:
+        text = graph_text(g)
+        on_start(p)
+        try:
+            record = run_pass(g, p, context)
+        except SsmcError as error:
+            error.args = (f"pass {p.name}: {error}",)
+            raise
+        except Exception as error:
+            raise _failure(p, error, _bundle(crash_folder, text, plan, p)) from error
+        report.records.append(record)
+        on_pass(record, g)
+    return report
+
+
+def run_pass(g: Graph, p: Pass, context: Context) -> Record:
+    """Run one pass with all the checks around it."""
+    record = Record(p.name, p.stage, p.options(), limit=p.exact_to)
+    _analyse(g, p, context)
+    before, expected = Snapshot.of(g), _probe(g, p, context)
+    g.matched, g.skipped = record.matched, record.skipped
+    start = time.perf_counter()
+    p.run(g, context)
+    g.finish()
+    record.seconds = time.perf_counter() - start
+    check_graph(g, p.stage)
+    record.diff = difference(before, Snapshot.of(g))
+    if p.stage != "analyse":
+        _invalidate(g, p)
+        record.error = _parity(g, p, context, expected)
+    return record
+
+
+def _analyse(g: Graph, p: Pass, context: Context) -> None:
+    for need in p.needs:
+        cls = find_pass(need)
+        if cls.stage == "analyse" and need not in g.facts:
+            _analyse(g, cls(), context)
+            cls().run(g, context)
+
+
+def _invalidate(g: Graph, p: Pass) -> None:
+    analyses = [name for name in g.facts if find_pass(name).stage == "analyse"]
+    for name in set(analyses) - set(p.preserves):
+        del g.facts[name]
+
+
+def _probe(g: Graph, p: Pass, context: Context) -> torch.Tensor | None:
+    if p.stage == "analyse" or context.probe is None:
+        return None
+    return _result(g, context)
+
+
+def _result(g: Graph, context: Context) -> torch.Tensor:
+    result, _ = g(*context.probe)  # type: ignore[misc]
+    first = result[0] if isinstance(result, tuple) else result
+    return first.float()
+
+
+def _parity(
+    g: Graph, p: Pass, context: Context, expected: torch.Tensor | None
+) -> float | None:
+    if expected is None:
+        return None
+    check_tensors(g)
+    error = relative_error(_result(g, context), expected)
+    if p.exact_to is not None and not error <= p.exact_to:
+        raise PassError(
+            f"the result on the probe changed by {error:.1e} relative, "
+            f"more than the {p.exact_to:.0e} it may",
+            hint="`--debug` shows the traceback; `ssmc inspect --after` shows the graph before it",
+        )
+    return error
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference||, in float64."""
+    reference = reference.double()
+    return ((value.double() - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+
+
+def signal_to_noise(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """20 log10(||reference|| / ||value - reference||), in dB; infinite where they are equal."""
+    return -20 * torch.tensor(relative_error(value, reference), dtype=torch.float64).log10().item()
+
+
+def _failure(p: Pass, error: Exception, bundle: Path | None) -> PassError:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}:{frame.lineno}"
+    hint = f"the graph before it, the recipe and the traceback are in {bundle}" if bundle else None
+    return PassError(f"pass {p.name} failed: {type(error).__name__}: {error} ({where})", hint=hint)
+
+
+def _bundle(folder: Path | None, text: str, plan: Sequence[Pass], failed: Pass) -> Path | None:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = [{p.name: p.options()} for p in plan]
+    passes = ",".join(str(p) for p in plan[: list(plan).index(failed) + 1])
+    (folder / "graph.txt").write_text(text + "\n")
+    (folder / "recipe.json").write_text(json.dumps({"passes": recipe}, indent=2) + "\n")
+    (folder / "traceback.txt").write_text(traceback.format_exc())
+    (folder / "rerun.txt").write_text(f"ssmc compile MODEL --passes '{passes}' --debug -o OUT\n")
+    return folder

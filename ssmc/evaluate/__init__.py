@@ -1,0 +1,5 @@
+"""Evaluation of models and artefacts."""
+
+from ssmc.evaluate.perplexity import Perplexity, perplexity
+
+__all__ = ["Perplexity", "perplexity"]

@@ -1,0 +1,172 @@
+"""Every touch of transformers' internals: configurations, classes, loading, and the forward.
+
+transformers is imported when first needed; `import ssmc` stays fast without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmc.errors import UnsupportedError, UsageError, did_you_mean
+
+TESTED = ((5, 17), (5, 23))
+_NEEDED = ("AutoConfig", "AutoModelForCausalLM", "MambaConfig", "Mamba2Config")
+_log = logging.getLogger("ssmc")
+
+
+@functools.cache
+def library() -> Any:
+    """The transformers module.
+
+    Warns about a version outside the tested range; raises UnsupportedError where the names used
+    here are missing.
+    """
+    import transformers
+
+    missing = [name for name in _NEEDED if not hasattr(transformers, name)]
+    low, high = (".".join(map(str, version)) for version in TESTED)
+    hint = f"install transformers {low} to {high}"
+    version = transformers.__version__
+    if missing:
+        raise UnsupportedError(f"transformers {version} has no {', '.join(missing)}", hint=hint)
+    if not TESTED[0] <= _release(version) <= TESTED[1]:
+        _log.warning("transformers %s is not tested with ssmc; %s", version, hint)
+    return transformers
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def config(raw: Mapping[str, Any], name: str) -> Any:
+    """The configuration object of a config.json.
+
+    `name` is the folder's, for messages. Raises UnsupportedError for a model type transformers
+    does not know or weights already quantised, UsageError for values it rejects.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    values = _decoded(dict(raw))
+    if "quantization_config" in values:
+        raise UnsupportedError(
+            f"{name}: the checkpoint is already quantised",
+            hint="give the 16-bit checkpoint it was made from",
+        )
+    kind = str(values.pop("model_type", None))
+    auto = library().AutoConfig
+    known = library().models.auto.configuration_auto.CONFIG_MAPPING
+    if kind not in known:
+        raise UnsupportedError(
+            f"{name}: model type '{kind}' is not known to transformers {library().__version__}",
+            hint=did_you_mean(kind, known) or "supported are mamba, mamba2 and falcon_mamba",
+        )
+    try:
+        with _quiet():
+            return auto.for_model(kind, **values)
+    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{name}/config.json: {reason}", hint="correct the value") from error
+
+
+def _decoded(value: Any) -> Any:
+    """JSON with transformers' spelling of infinity, {"__float__": "Infinity"}, as a float."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _decoded(item) for key, item in value.items()}
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The causal language model of a configuration, on the meta device: structure, no weights.
+
+    Raises UnsupportedError where transformers has no causal language model for it.
+    """
+    try:
+        with torch.device("meta"), _quiet():
+            return library().AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"transformers has no causal language model for '{config.model_type}'"
+        ) from error
+
+
+def load(skeleton: Any, folder: Path, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+    """A skeleton's model in float32 and evaluation mode, from the folder's safetensors.
+
+    `tensors` replaces the folder's files. Raises UsageError naming tensors that are missing,
+    unexpected or of another shape.
+    """
+    with _quiet():
+        module, report = type(skeleton).from_pretrained(
+            folder if tensors is None else None,
+            state_dict=tensors,
+            config=skeleton.config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_report(report, folder)
+    return module.eval()
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    shapes = [f"{n} is {list(a)}, expected {list(b)}" for n, a, b in report["mismatched_keys"]]
+    problems = {
+        "tensors missing": sorted(report["missing_keys"]),
+        "tensors of another architecture": sorted(report["unexpected_keys"]),
+        "tensors of another shape": sorted(shapes),
+    }
+    for problem, found in problems.items():
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UsageError(
+                f"{folder}: {problem}: {', '.join(found[:3])}{more}",
+                hint="the weights and config.json do not belong together; download both again",
+            )
+
+
+def is_causal_lm(module: nn.Module) -> bool:
+    """Whether `module` is a language model of transformers."""
+    if "transformers" not in sys.modules:
+        return False
+    return isinstance(module, library().PreTrainedModel) and module.can_generate()
+
+
+def logits(module: nn.Module, input_ids: Any) -> Any:
+    """The logits [B, L, V] of a causal language model for token ids [B, L]."""
+    return module(input_ids=input_ids, use_cache=False, return_dict=True).logits
+
+
+def eos_token_id(module: Any) -> int | list[int] | None:
+    """The end-of-text token, or tokens, of a model's configuration."""
+    return module.config.eos_token_id
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither the library's reports nor its progress bars: failures are raised with our words."""
+    messages = library().utils.logging
+    verbosity, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(messages.CRITICAL)
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(verbosity)
+        if bars:
+            messages.enable_progress_bar()

@@ -1,0 +1,40 @@
+"""Whether a language model is made of layers that can be traced."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ssmc.errors import UnsupportedError
+from ssmc.frontend.adapters import adapter_of
+from ssmc.frontend.mixers import MAMBA1, MAMBA2
+
+_WANTED = f"a Mamba-1 mixer ({', '.join(MAMBA1)}) or a Mamba-2 mixer ({', '.join(MAMBA2)})"
+
+
+def check_supported(module: nn.Module) -> None:
+    """Raise UnsupportedError, naming what was looked for and found, unless each layer has a mixer.
+
+    Mixers are the modules whose adapter keeps states.
+    """
+    mixers = [path for path, child in module.named_modules() if _keeps_states(child)]
+    for path, layer in _layers(module):
+        if not any(f"{mixer}.".startswith(f"{path}.") for mixer in mixers):
+            found = ", ".join(name for name, _ in layer.named_children())
+            raise UnsupportedError(
+                f"{type(module).__name__} is not supported: looked in each layer for {_WANTED}; "
+                f"found in '{path}' a {type(layer).__name__} of {found}",
+                hint="ssmc.frontend.register_adapter adds the mixer of another architecture",
+            )
+
+
+def _keeps_states(module: nn.Module) -> bool:
+    adapter = adapter_of(module)
+    return adapter is not None and adapter.states is not None
+
+
+def _layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The items of the outermost lists of modules, by path; the module itself without any."""
+    lists = {path: m for path, m in module.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [p for p in lists if not any(p.startswith(f"{other}.") for other in lists)]
+    items = [(f"{path}.{i}", item) for path in outer for i, item in enumerate(lists[path])]
+    return items or [(type(module).__name__, module)]

@@ -1,0 +1,77 @@
+"""From the quantised graph to fused int8 operators: the patterns, as data.
+
+Each pattern is a float operator between dequantised operands; its fused twin takes the integers
+and the scales themselves and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from ssmc.core import Graph, Match
+from ssmc.core.dialect import operands
+from ssmc.core.pattern import Pattern, op
+
+Rewrite = Callable[[Graph, Match], fx.Node | None]
+
+
+def _linear(g: Graph, m: Match) -> fx.Node:
+    args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.bias)
+    return g.call("ssmc::int8_linear", *args, like=m.node)
+
+
+def _embedding(g: Graph, m: Match) -> fx.Node:
+    return g.call("ssmc::int8_embedding", m.ids, m.w_q, m.w_scale, like=m.node)
+
+
+def _conv1d(g: Graph, m: Match) -> fx.Node | None:
+    if m.state is not None and m.state.op != "placeholder":
+        return g.skip(m.node, "its state is computed in the graph, so it may not be int8")
+    if m.state is not None:
+        _make_int8(g, m.state)
+    activation = operands(m.node)["activation"]
+    args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.bias, m.state, activation)
+    return g.call("ssmc::int8_causal_conv1d", *args, like=m.node)
+
+
+def _make_int8(g: Graph, state: fx.Node) -> None:
+    state.meta["val"] = state.meta["val"].to(torch.int8)
+    g.states = tuple(
+        replace(spec, dtype=torch.int8) if spec.name == state.name else spec for spec in g.states
+    )
+
+
+def _selective_scan(g: Graph, m: Match) -> fx.Node:
+    rest = operands(m.node)
+    z = (m.captures.get("z_q"), m.captures.get("z_scale"))
+    args = (m.u_q, m.u_scale, m.dt_q, m.dt_scale, m.A, m.B_q, m.B_scale, m.C_q, m.C_scale)
+    tail = (rest[name] for name in ("dt_bias", "state", "softplus", "reverse"))
+    return g.call("ssmc::int8_selective_scan", *args, m.D, *z, *tail, like=m.node)
+
+
+def _ssd_scan(g: Graph, m: Match) -> fx.Node:
+    rest = operands(m.node)
+    args = (m.u_q, m.u_scale, m.dt_q, m.dt_scale, m.A, m.B_q, m.B_scale, m.C_q, m.C_scale)
+    tail = (rest[n] for n in ("D", "dt_bias", "state", "dt_min", "dt_max", "reverse"))
+    return g.call("ssmc::int8_ssd_scan", *args, *tail, like=m.node)
+
+
+def _dequantised(name: str) -> Pattern:
+    return op.dequantize(f"{name}_q", f"{name}_scale")
+
+
+_SCAN = (_dequantised("u"), _dequantised("dt"), "A", _dequantised("B"), _dequantised("C"))
+
+RULES: tuple[tuple[Pattern, Rewrite], ...] = (
+    (op.linear(_dequantised("x"), _dequantised("w"), "bias", True), _linear),
+    (op.embedding("ids", _dequantised("w")), _embedding),
+    (op.causal_conv1d(_dequantised("x"), _dequantised("w"), "bias", "state", "activation", True), _conv1d),
+    (op.selective_scan(*_SCAN, "D", _dequantised("z")), _selective_scan),
+    (op.selective_scan(*_SCAN, "D", None), _selective_scan),
+    (op.ssd_scan(*_SCAN), _ssd_scan),
+)  # fmt: skip
+HEAVY = tuple(dict.fromkeys(pattern.name for pattern, _ in RULES))

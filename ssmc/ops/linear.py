@@ -1,0 +1,41 @@
+"""Linear projection and embedding lookup."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmc.ops.registry import expect_shape, operator
+
+
+def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: object) -> Tensor:
+    """Empty float32 [..., N] for x [..., K] and weight [N, K]; checks the operands."""
+    _check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    expect_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))
+    expect_shape("linear", "bias", bias, (weight.shape[0],))
+
+
+@operator(linear_fake)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
+    """Multiply x [..., K] with the transpose of weight [N, K], add bias [N]; returns [..., N].
+
+    With `exact`, products accumulate in float64 and round once to float32 before the bias is
+    added. Where both operands are int8 times bfloat16-valued scales (one a row) the float64 sum
+    has no rounding, so that any order of summation, integers included, gives the same bits.
+    """
+    _check(x, weight, bias)
+    if not exact:
+        return F.linear(x, weight, bias)
+    y = (x.double() @ weight.double().T).float()
+    return y if bias is None else y + bias
+
+
+@operator(lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[1])))
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [V, D] chosen by ids (int64, [B, L]); returns [B, L, D]."""
+    return F.embedding(ids, weight)

@@ -1,0 +1,86 @@
+"""Pairs of quantize and dequantize around the values and weights of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ssmc.core import Graph
+from ssmc.errors import PassError
+from ssmc.passes._calibration import channels
+from ssmc.quant.formats import Granularity, quantize_weight, scale_for
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised value: its integers, its static scale (None: dynamic), and its float twin."""
+
+    integers: fx.Node
+    scale: torch.Tensor | None
+    value: fx.Node
+
+
+class Quantiser:
+    """Inserts the pairs, each value and each weight once however many calls read it."""
+
+    def __init__(self, g: Graph, granularity: Granularity) -> None:
+        self.g = g
+        self.granularity: Granularity = granularity
+        self.values: dict[fx.Node, Quantised] = {}
+        self.weights: dict[fx.Node, fx.Node] = {}
+
+    def static(self, value: fx.Node) -> fx.Node:
+        """`value` through 8 bits with a scale from calibration, per channel or per tensor."""
+        if value not in self.values:
+            scale = self._static_scale(value)
+            param = self.g.new_param(f"scales.{value.name}", scale)
+            with self.g.after(value):
+                integers = self.g.call("ssmc::quantize", value, param, like=value, suffix="q")
+            self.values[value] = Quantised(integers, scale, self._dequantize(value, integers, param))
+        return self.values[value].value
+
+    def dynamic(self, value: fx.Node) -> fx.Node:
+        """`value` through 8 bits with a scale for each token."""
+        if value not in self.values:
+            g = self.g
+            with g.after(value):
+                pair = g.call("ssmc::quantize_dynamic", value, like=value, suffix="q")
+            with g.after(pair):
+                scale = g.call("getitem", pair, 1, like=value, suffix="scale")
+            with g.after(pair):
+                integers = g.call("getitem", pair, 0, like=value, suffix="int8")
+            self.values[value] = Quantised(integers, None, self._dequantize(value, scale, integers, scale))
+        return self.values[value].value
+
+    def folded(self, value: fx.Node) -> tuple[fx.Node, torch.Tensor]:
+        """The integers of a value quantised per channel, as floats, and the scales left out."""
+        quantised = self.values[value]
+        unit = self.g.new_param("scales.unit", torch.ones(()))
+        return self._dequantize(value, quantised.integers, unit), quantised.scale  # type: ignore[return-value]
+
+    def weight(self, user: fx.Node, weight: fx.Node, factor: torch.Tensor | None = None) -> fx.Node:
+        """A weight [N, K] (its columns times `factor` [K]) through 8 bits, in front of `user`."""
+        if weight in self.weights and factor is None:
+            return self.weights[weight]
+        value = self.g.param(weight) if factor is None else self.g.param(weight) * factor
+        integers, scale = quantize_weight(value, self.granularity, 8)
+        q = self.g.new_param(f"{weight.target}_int8", integers)
+        s = self.g.new_param(f"{weight.target}_scale", scale)
+        with self.g.before(user):
+            self.weights[weight] = self.g.call("ssmc::dequantize", q, s, like=user, suffix="weight")
+        return self.weights[weight]
+
+    def _static_scale(self, value: fx.Node) -> torch.Tensor:
+        if value.name not in self.g.ranges:
+            raise PassError(f"no range was measured for '{value.name}'", hint="name absmax or percentile")
+        ranges = self.g.ranges[value.name]
+        per_channel = self.granularity == "channel"
+        absmax = ranges.channel().reshape(channels(value)) if per_channel else ranges.tensor()
+        return scale_for(absmax.float())
+
+    def _dequantize(self, value: fx.Node, *pair: fx.Node) -> fx.Node:
+        integers, scale = pair[-2:]
+        with self.g.after(pair[0]):
+            return self.g.call("ssmc::dequantize", integers, scale, like=value, suffix="dq")

@@ -1,0 +1,90 @@
+"""The residual stream: the sum that blocks read through norms and write through projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ssmc.core import Graph, is_call
+from ssmc.core.dialect import operands
+from ssmc.errors import PassError
+from ssmc.passes.fold_norm import fold_norm
+
+_HINT = "leave residual=true out for this model"
+
+
+@dataclass
+class ResidualStream:
+    """The embedding, the weights (get_attr nodes) that read the stream and those that write it."""
+
+    embedding: fx.Node
+    values: set[fx.Node]
+    readers: list[fx.Node] = field(default_factory=list)
+    writers: list[fx.Node] = field(default_factory=list)
+    biases: list[fx.Node] = field(default_factory=list)
+
+    @classmethod
+    def find(cls, g: Graph) -> ResidualStream:
+        """Follow the stream from the embedding; fold the norms that read it.
+
+        Raises PassError naming the call that keeps the stream from being rotated.
+        """
+        embeddings = g.calls("ssmc::embedding")
+        if len(embeddings) != 1:
+            raise PassError(f"the graph has {len(embeddings)} embeddings, not one", hint=_HINT)
+        stream = cls(operands(embeddings[0])["weight"], {embeddings[0]})
+        for node in g.nodes:
+            if stream._carries(node):
+                stream.values.add(node)
+        for value in list(stream.values):
+            for user in list(value.users):
+                stream._meet(g, value, user)
+        return stream
+
+    def _carries(self, node: fx.Node) -> bool:
+        return is_call(node, "add", "to_dtype") and any(a in self.values for a in node.all_input_nodes)
+
+    def _meet(self, g: Graph, value: fx.Node, user: fx.Node) -> None:
+        if user in self.values:
+            self._write(user)
+        elif is_call(user, "ssmc::rms_norm"):
+            self._read(g, user)
+        else:
+            raise PassError(f"{user.name} reads the residual stream without a norm", hint=_HINT)
+
+    def _write(self, node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand in self.values:
+                continue
+            if not is_call(operand, "ssmc::linear"):
+                raise PassError(f"{operand.name}, no linear layer, writes the residual", hint=_HINT)
+            args = operands(operand)
+            self._note(self.writers, args["weight"])
+            if args["bias"] is not None:
+                self._note(self.biases, args["bias"])
+
+    def _read(self, g: Graph, norm: fx.Node) -> None:
+        for user in list(norm.users):
+            if not is_call(user, "ssmc::linear"):
+                raise PassError(f"{user.name}, no linear layer, reads {norm.name}", hint=_HINT)
+            untie(g, user)
+        if norm.args[1] is not None:
+            folded = fold_norm(g, norm)
+            g.replace(norm, folded)
+            norm = folded
+        for user in norm.users:
+            self._note(self.readers, user.args[1])  # type: ignore[arg-type]
+
+    @staticmethod
+    def _note(weights: list[fx.Node], weight: fx.Node) -> None:
+        if weight not in weights:
+            weights.append(weight)
+
+
+def untie(g: Graph, linear: fx.Node) -> None:
+    """Give a linear layer a weight of its own where it shares one."""
+    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    if len(weight.users) > 1:
+        own = g.new_param(f"{linear.meta['owner']}.weight", g.param(weight).clone())
+        linear.replace_input_with(weight, own)

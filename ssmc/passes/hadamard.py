@@ -1,0 +1,94 @@
+"""Rotate activations with outliers by a Hadamard matrix, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import ssmc.ops
+from ssmc.core import Context, Graph, Pass, register
+from ssmc.errors import UsageError
+from ssmc.passes._residual import ResidualStream
+from ssmc.passes.linears import Linear, describe
+from ssmc.quant.rotation import largest_block
+
+
+@register
+@dataclass(frozen=True)
+class Hadamard(Pass):
+    """Rotate the scan's output online and fold the inverse into out_proj.
+
+    Replaces:  out_proj(y)
+    With:      out_proj_H(hadamard(y)),  out_proj_H.weight = W H
+
+    Quamba (Chiang et al. 2024, arXiv 2410.13229), section 4.3: the outliers of y spread over all
+    channels. `block`: size of the rotation (default: the largest of known order that divides the
+    width). `residual=true` rotates the residual stream as well, offline: embedding, inputs of
+    in_proj, outputs of out_proj, head (QuaRot, Ashkboos et al. 2024, section 4).
+    """
+
+    name = "hadamard"
+    stage = "rewrite"
+    after = ("fold-norm",)
+    needs = ("ssm-sites", "linears")
+    exact_to = 1e-5
+    block: int | None = None
+    residual: bool = False
+
+    def run(self, g: Graph, context: Context) -> None:
+        """Rotate every out_proj input, then the residual stream if asked."""
+        for site in g.facts["ssm-sites"]:
+            if site.out_proj is None:
+                g.skip(site.scan, "its output reaches no linear layer")
+            else:
+                self._rotate_input(g, describe(site.out_proj))
+        if self.residual:
+            self._rotate_residual(g)
+
+    def _rotate_input(self, g: Graph, linear: Linear) -> None:
+        if linear.tied:
+            return g.skip(linear.node, f"its weight is tied: {linear.weight.target}")
+        block = rotation_block(linear.input.meta["val"].shape[-1], self.block)
+        if block == 1:
+            return g.skip(linear.node, "no Hadamard matrix but that of order 1 divides its width")
+        with g.before(linear.node):
+            y = g.call("ssmc::hadamard", linear.input, block, like=linear.node, suffix="hadamard")
+        linear.node.replace_input_with(linear.input, y)
+        rotate(g, linear.weight, block)
+        g.match(linear.node)
+
+    def _rotate_residual(self, g: Graph) -> None:
+        stream = ResidualStream.find(g)
+        block = rotation_block(g.param(stream.embedding).shape[-1], self.block)
+        for reader in (stream.embedding, *stream.readers, *stream.biases):
+            rotate(g, reader, block)
+        for writer in stream.writers:
+            g.set_param(writer, rotated(g.param(writer).T, block).T.contiguous())
+        g.match(next(iter(stream.embedding.users)))
+
+
+def rotated(value: torch.Tensor, block: int) -> torch.Tensor:
+    """`value` with its last dimension rotated, [..., n]."""
+    return ssmc.ops.hadamard(value.contiguous(), block)
+
+
+def rotate(g: Graph, param: fx.Node, block: int) -> None:
+    """Rotate the last dimension of a parameter."""
+    g.set_param(param, rotated(g.param(param), block))
+
+
+def rotation_block(width: int, asked: int | None) -> int:
+    """The block a rotation of `width` channels uses: the one asked for, or the largest known.
+
+    Raises UsageError where the block asked for does not divide the width or has no known order.
+    """
+    if asked is None:
+        return largest_block(width)
+    if asked < 1 or width % asked or largest_block(asked) != asked:
+        raise UsageError(
+            f"hadamard{{block={asked}}}: no Hadamard matrix of order {asked} divides {width}",
+            hint=f"leave block out for {largest_block(width)}, or take a power of two that divides {width}",
+        )
+    return asked

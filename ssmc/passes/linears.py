@@ -1,0 +1,67 @@
+"""Analysis: the linear layers of a graph, what feeds them, and what shares their weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ssmc.core import Context, Graph, Pass, is_call, register
+from ssmc.core.dialect import operands
+from ssmc.passes.ssm_sites import source
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One call of a linear layer: its input value, its weight (a get_attr node [N, K]), and the
+    norm whose output it reads, if it does."""
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    norm: fx.Node | None
+
+    @property
+    def role(self) -> str:
+        """in_proj, x_proj, dt_proj, out_proj, head, or linear."""
+        return str(self.node.meta.get("role") or "linear")
+
+    @property
+    def tied(self) -> bool:
+        """Whether another call reads the same weight."""
+        return len(self.weight.users) > 1
+
+
+@register
+@dataclass(frozen=True)
+class Linears(Pass):
+    """Find the linear layers, the embedding, the norms and the head; give each its role.
+
+    Replaces:  nothing
+    With:      roles (embedding, norm, head; ssm-sites names the projections) and the list of
+               linear layers, which other passes ask for
+    """
+
+    name = "linears"
+    stage = "analyse"
+    needs = ("ssm-sites",)
+
+    def run(self, g: Graph, context: Context) -> None:
+        """List the calls of linear whose weight is a parameter."""
+        for node in [*g.calls("ssmc::embedding"), *g.calls("ssmc::rms_norm")]:
+            node.meta["role"] = "embedding" if is_call(node, "ssmc::embedding") else "norm"
+        found = [describe(n) for n in g.calls("ssmc::linear") if n.args[1].op == "get_attr"]  # type: ignore[union-attr]
+        results = g.result if isinstance(g.result, tuple | list) else (g.result,)
+        heads = {source(r) for r in results}
+        for linear in found:
+            if linear.node in heads:
+                linear.node.meta["role"] = "head"
+            g.match(linear.node)
+        g.facts[self.name] = found
+
+
+def describe(node: fx.Node) -> Linear:
+    """A call of linear, with what feeds it."""
+    args = operands(node)
+    norm = source(args["x"])
+    return Linear(node, args["x"], args["weight"], norm if is_call(norm, "ssmc::rms_norm") else None)

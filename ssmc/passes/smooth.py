@@ -1,0 +1,107 @@
+"""Move the outliers of activations into the weights, channel by channel, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ssmc.core import Context, Graph, Pass, is_call, register
+from ssmc.core.dialect import operands
+from ssmc.errors import UsageError
+from ssmc.passes._calibration import observe
+from ssmc.passes.linears import Linear
+from ssmc.passes.ssm_sites import source
+from ssmc.quant.observers import Absmax
+
+
+@register
+@dataclass(frozen=True)
+class Smooth(Pass):
+    """Divide each input channel of a linear layer by a factor its weight is multiplied with.
+
+    Replaces:  linear(x, W)
+    With:      linear(x / s, W * s),  s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
+
+    SmoothQuant (Xiao et al. 2023, arXiv 2211.10438), equation 4. The division is folded into
+    what produces x, where that is legal: a norm's weight (in_proj, head, and out_proj behind a
+    gated norm), or the rows of x_proj (dt_proj). It is not across a SiLU or a gate.
+    """
+
+    name = "smooth"
+    stage = "rewrite"
+    after = ("fold-norm", "hadamard")
+    needs = ("ssm-sites", "linears")
+    exact_to = 1e-5
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"smooth{{alpha={self.alpha}}}: alpha must lie between 0 and 1")
+
+    def run(self, g: Graph, context: Context) -> None:
+        """Group the layers by their input, measure, and fold."""
+        groups = {x: ls for x, ls in by_input(g.facts["linears"]).items() if self._legal(g, x, ls)}
+        observers = {x: Absmax() for x in groups}
+        observe(g, observers, context)
+        for x, linears in groups.items():
+            weights = [g.param(linear.weight) for linear in linears]
+            s = factors(observers[x].channel(), weights, self.alpha)
+            divide(g, x, s)
+            for linear, weight in zip(linears, weights, strict=True):
+                g.set_param(linear.weight, weight * s)
+                g.match(linear.node)
+
+    def _legal(self, g: Graph, x: fx.Node, linears: list[Linear]) -> bool:
+        tied = next((linear for linear in linears if linear.tied), None)
+        if tied is not None:
+            g.skip(tied.node, f"its weight is tied: {tied.weight.target}")
+        elif not all(is_call(user, "ssmc::linear") for user in x.users):
+            g.skip(linears[0].node, "its input has another reader")
+        elif not is_call(x, "ssmc::rms_norm", "ssmc::rms_norm_gated") and not _rows(x):
+            g.skip(linears[0].node, f"{source(x).name}, which computes its input, cannot take a factor")
+        else:
+            return True
+        return False
+
+
+def by_input(linears: list[Linear]) -> dict[fx.Node, list[Linear]]:
+    """The linear layers that read each value."""
+    groups: dict[fx.Node, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.input, []).append(linear)
+    return groups
+
+
+def factors(absmax: torch.Tensor, weights: list[torch.Tensor], alpha: float) -> torch.Tensor:
+    """SmoothQuant's factors [K], from the input's range [K] and the weights [N, K] it meets."""
+    largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    s = absmax.clamp_min(1e-5).pow(alpha) / largest.clamp_min(1e-5).pow(1 - alpha)
+    return s.clamp_min(1e-5)
+
+
+def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
+    """Make what computes `x` give `x / s` instead."""
+    rows = _rows(x)
+    if rows is not None:
+        weight, start, stop = rows
+        scaled = g.param(weight).clone()
+        scaled[start:stop] /= s[:, None]
+        g.set_param(weight, scaled)
+        return
+    position = list(operands(x)).index("weight")
+    gamma = x.args[position]
+    value = (1 if gamma is None else g.param(gamma)) / s  # type: ignore[arg-type]
+    x.update_arg(position, g.new_param(f"{x.meta['owner']}.weight", value))
+
+
+def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """The weight rows that compute `x`, where x is a part of a bias-free linear layer's output."""
+    if not is_call(x, "getitem") or not is_call(x.args[0], "split"):
+        return None
+    linear, sizes = x.args[0].args[0], x.args[0].args[1]  # type: ignore[union-attr]
+    if not is_call(linear, "ssmc::linear") or operands(linear)["bias"] is not None:  # type: ignore[arg-type]
+        return None
+    start = sum(sizes[: x.args[1]])  # type: ignore[index, misc, arg-type]
+    return linear.args[1], start, start + sizes[x.args[1]]  # type: ignore[union-attr, index, return-value]

@@ -1,0 +1,133 @@
+"""Analysis: where the state-space models of a graph are, found by following values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ssmc.core import Context, Graph, Pass, is_call, register
+from ssmc.core.dialect import operands
+
+SCANS = ("ssmc::selective_scan", "ssmc::ssd_scan")
+_VIEWS = ("getitem", "split", "flatten", "unflatten", "reshape", "to_dtype")
+_CASTS = ("ssmc::quantize", "ssmc::quantize_dynamic", "ssmc::dequantize", "ssmc::hadamard")
+_NORMS = ("ssmc::rms_norm", "ssmc::rms_norm_gated")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One selective scan (Mamba-1) or SSD scan (Mamba-2) and what surrounds it.
+
+    `x` is the input of the convolution; `u`, `dt`, `B`, `C` are the scan's operands (`u` is
+    the SSM input), `z` the gate wherever it is applied, `y` the input of out_proj. What a model
+    does not have is None.
+    """
+
+    scan: fx.Node
+    u: fx.Node
+    dt: fx.Node
+    B: fx.Node
+    C: fx.Node
+    z: fx.Node | None = None
+    x: fx.Node | None = None
+    y: fx.Node | None = None
+    conv1d: fx.Node | None = None
+    in_proj: fx.Node | None = None
+    x_proj: fx.Node | None = None
+    dt_proj: fx.Node | None = None
+    gate_norm: fx.Node | None = None
+    out_proj: fx.Node | None = None
+
+    def parts(self) -> dict[str, fx.Node]:
+        """The calls of the site by role."""
+        roles = ("scan", "conv1d", "in_proj", "x_proj", "dt_proj", "gate_norm", "out_proj")
+        return {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
+
+    def values(self) -> dict[str, fx.Node]:
+        """The activations of the site by name."""
+        names = ("x", "z", "u", "dt", "B", "C", "y")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@register
+@dataclass(frozen=True)
+class SsmSites(Pass):
+    """Find the SSM inputs, outputs and projections; give each call its role.
+
+    Replaces:  nothing
+    With:      roles (in_proj, conv1d, x_proj, dt_proj, scan, gate_norm, out_proj) and the list
+               of sites, which other passes ask for
+    """
+
+    name = "ssm-sites"
+    stage = "analyse"
+
+    def run(self, g: Graph, context: Context) -> None:
+        """Follow the operands of every scan up and its output down."""
+        sites = [find_site(n) for n in g.nodes if is_call(n, *SCANS)]
+        for site in sites:
+            for role, node in site.parts().items():
+                node.meta["role"] = role
+            g.match(site.scan)
+        g.facts[self.name] = sites
+
+
+def find_site(scan: fx.Node) -> Site:
+    """The site around one scan."""
+    args = operands(scan)
+    u = args.get("u") or args["x"]
+    conv1d = _only(source(u), "ssmc::causal_conv1d")
+    x = conv1d.args[0] if conv1d is not None else None
+    dt_source = _only(source(args["dt"]), "ssmc::linear")
+    below = _only(source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
+    gate_norm, out_proj = _down(scan)
+    z = args.get("z") or (operands(gate_norm)["gate"] if gate_norm is not None else None)
+    return Site(
+        scan=scan,
+        u=u,
+        dt=args["dt"],
+        B=args["B"],
+        C=args["C"],
+        z=z,
+        x=x if isinstance(x, fx.Node) else None,
+        y=operands(out_proj)["x"] if out_proj is not None else None,
+        conv1d=conv1d,
+        in_proj=_only(source(x), "ssmc::linear") if isinstance(x, fx.Node) else None,
+        x_proj=below if below is not None and source(args["B"]) in (below, *_normed(below)) else None,
+        dt_proj=dt_source if below is not None and dt_source is not source(x) else None,
+        gate_norm=gate_norm,
+        out_proj=out_proj,
+    )
+
+
+def source(value: fx.Node) -> fx.Node:
+    """The call that computes `value`, seen through views, casts and rotations."""
+    while is_call(value, *_VIEWS, *_CASTS):
+        value = value.args[0]  # type: ignore[assignment]
+    return value
+
+
+def _normed(node: fx.Node) -> list[fx.Node]:
+    return [n for n in _readers(node) if is_call(n, *_NORMS)]
+
+
+def _only(node: fx.Node, name: str) -> fx.Node | None:
+    return node if is_call(node, name) else None
+
+
+def _readers(value: fx.Node) -> list[fx.Node]:
+    """The calls that read `value`, seen through views, casts and rotations."""
+    found = []
+    for user in value.users:
+        found += _readers(user) if is_call(user, *_VIEWS, *_CASTS) else [user]
+    return found
+
+
+def _down(scan: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    output = next((n for n in scan.users if is_call(n, "getitem") and n.args[1] == 0), scan)
+    readers = _readers(output)
+    gate_norm = next((n for n in readers if is_call(n, "ssmc::rms_norm_gated")), None)
+    if gate_norm is not None:
+        readers = _readers(gate_norm)
+    return gate_norm, next((n for n in readers if is_call(n, "ssmc::linear")), None)

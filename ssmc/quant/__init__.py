@@ -1,0 +1,1 @@
+"""Quantised arithmetic, free of graphs: number formats, range observers, rotations."""

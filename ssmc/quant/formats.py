@@ -1,0 +1,73 @@
+"""The one definition of quantised arithmetic: symmetric integers with bfloat16-valued scales.
+
+A scale with 8 significant bits makes `q * scale` exact in float32 and sums of such products exact
+in float64, which is what lets simulated and integer execution agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssmc.errors import UsageError
+
+Granularity = Literal["channel", "tensor"]
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Floor of a scale: the smallest normal float32, whose inverse is still finite."""
+
+
+def qmax(bits: int) -> int:
+    """Largest magnitude of a symmetric integer of 2 to 8 bits; UsageError otherwise."""
+    if not 2 <= bits <= 8:
+        raise UsageError(f"cannot quantise to {bits} bits", hint="bits is 2 to 8")
+    return (1 << (bits - 1)) - 1
+
+
+def bf16_up(x: Tensor) -> Tensor:
+    """The smallest bfloat16 value not below x, as float32; x is positive float32, any shape."""
+    pattern = x.view(torch.int32)
+    rounded = ((pattern + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+def scale_for(absmax: Tensor, bits: int = 8) -> Tensor:
+    """The scale that maps absmax (float32, any shape) onto the largest integer.
+
+    bf16_up(absmax / qmax), at least SMALLEST_SCALE so that an all-zero range quantises to zeros.
+    """
+    # Dividing by a tensor, since CUDA divides by a number through its rounded reciprocal.
+    limit = torch.full_like(absmax, qmax(bits))
+    return bf16_up(absmax / limit).clamp(min=SMALLEST_SCALE)
+
+
+def quantize_tensor(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """clamp(rint(x * (1 / scale)), -qmax, qmax) as int8; half to even, all in float32.
+
+    x float32 of any shape, scale broadcasts against it. The inverse is rounded once, then
+    multiplied, as kernels do it.
+    """
+    limit = qmax(bits)
+    return torch.round(x * scale.reciprocal()).clamp(-limit, limit).to(torch.int8)
+
+
+def dequantize_tensor(q: Tensor, scale: Tensor) -> Tensor:
+    """Return q * scale as float32; scale broadcasts. Exact for scales made by `scale_for`."""
+    return q.float() * scale
+
+
+def quantize_weight(
+    weight: Tensor, granularity: Granularity = "channel", bits: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Round weight [N, K] to (q int8, scale): scale [N, 1] a 'channel', [] a 'tensor'."""
+    magnitude = weight.abs()
+    if granularity == "channel":
+        absmax = magnitude.amax(1, keepdim=True)
+    elif granularity == "tensor":
+        absmax = magnitude.amax()
+    else:
+        raise UsageError(f"unknown granularity '{granularity}'", hint="'channel' or 'tensor'")
+    scale = scale_for(absmax, bits)
+    return quantize_tensor(weight, scale, bits), scale

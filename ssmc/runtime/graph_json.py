@@ -1,0 +1,138 @@
+"""A graph as plain data and back. Reading it resolves operator names and executes nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ssmc.core import Graph, StateSpec
+from ssmc.core.dialect import resolve, target_name
+from ssmc.core.graph import infer, put_tensor
+from ssmc.errors import ArtefactError
+
+SCHEMA = 1
+_META = ("owner", "layer", "role")
+
+
+def graph_to_json(g: Graph) -> dict[str, Any]:
+    """The nodes of `g` in order, its inputs, states and the shapes and dtypes of its tensors."""
+    return {
+        "schema": SCHEMA,
+        "inputs": {n.name: tensor_spec(n.meta["val"]) for n in g.nodes if n.name in g.inputs},
+        "states": [{"name": s.name, "shape": list(s.shape), "dtype": dtype_name(s.dtype)} for s in g.states],
+        "tensors": {name: tensor_spec(value) for name, value in g.params().items()},
+        "nodes": [_node_to_json(n) for n in g.nodes if n.op == "call_function"],
+        "result": _encode(g.result),
+        "new_states": _encode(g.new_states),
+    }
+
+
+def tensor_spec(value: torch.Tensor) -> dict[str, Any]:
+    """Shape and dtype of a tensor."""
+    return {"shape": list(value.shape), "dtype": dtype_name(value.dtype)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from(name: str) -> torch.dtype:
+    """torch.float32 for `float32`; ArtefactError for a name that is no dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtefactError(f"'{name}' is no dtype")
+    return dtype
+
+
+def _node_to_json(node: fx.Node) -> dict[str, Any]:
+    return {
+        "name": node.name,
+        "target": target_name(node.target),
+        "args": _encode(node.args),
+        "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
+    } | {key: node.meta[key] for key in _META if node.meta.get(key) is not None}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"tensor": str(value.target)} if value.op == "get_attr" else {"node": value.name}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": dtype_name(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ArtefactError(f"an operand of type {type(value).__name__} cannot be written")
+
+
+class _Reader:
+    def __init__(self, data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.known: dict[str, fx.Node] = {}
+        self.params: dict[str, fx.Node] = {}
+        self.specs = [
+            StateSpec(s["name"], tuple(s["shape"]), dtype_from(s["dtype"])) for s in data["states"]
+        ]
+        for name, spec in data["inputs"].items():
+            self._placeholder(name, tuple(spec["shape"]), dtype_from(spec["dtype"]))
+        batch = next(iter(data["inputs"].values()))["shape"][0]
+        for spec in self.specs:
+            self._placeholder(spec.name, (batch, *spec.shape), spec.dtype)
+        for name, value in tensors.items():
+            self._tensor(name, value)
+        for row in data["nodes"]:
+            self._call(row)
+        self.graph.output((self.decode(data["result"]), tuple(self.decode(data["new_states"]))))
+
+    def _placeholder(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        self.known[name] = node
+
+    def _tensor(self, name: str, value: torch.Tensor) -> None:
+        put_tensor(self.root, name, value)
+        node = self.graph.get_attr(name)
+        node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
+        self.params[name] = node
+
+    def _call(self, row: dict[str, Any]) -> None:
+        args = tuple(self.decode(a) for a in row["args"])
+        kwargs = {key: self.decode(value) for key, value in row["kwargs"].items()}
+        node = self.graph.create_node(
+            "call_function", resolve(row["target"]), args, kwargs, name=row["name"]
+        )
+        node.meta.update({key: row.get(key) for key in _META})
+        node.meta["val"] = infer(node)
+        self.known[row["name"]] = node
+
+    def decode(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.decode(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        kind, inside = next(iter(value.items()))
+        readers = {"node": self.known.__getitem__, "tensor": self.params.__getitem__,
+                   "dtype": dtype_from, "float": float}  # fmt: skip
+        return readers[kind](inside)
+
+
+def graph_from_json(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Graph:
+    """The graph that `data` describes, over `tensors`.
+
+    Raises UnsupportedError for an operator outside the dialect, ArtefactError for data that does
+    not describe a graph.
+    """
+    try:
+        reader = _Reader(data, tensors)
+    except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
+        raise ArtefactError(f"graph.json does not describe a graph: {error!r}") from error
+    result = Graph(reader.root, reader.graph, data["inputs"], reader.specs)
+    result.module.graph.lint()
+    return result

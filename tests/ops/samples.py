@@ -1,0 +1,86 @@
+"""One small call of every operator, and of its variants, with odd sizes."""
+
+import torch
+from torch import Tensor
+
+from ssmc.ops import quantize_dynamic
+from ssmc.quant.formats import quantize_weight
+
+Sample = tuple[object, ...]
+
+
+def _int8(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def _scan_operands(batch: int, length: int, width: int, rank: int) -> tuple[Tensor, ...]:
+    u, dt, z = torch.randn(3, batch, length, width)
+    B, C = torch.randn(2, batch, length, rank)
+    return u, dt, -torch.rand(width, rank), B, C, torch.randn(width), z
+
+
+def samples() -> list[tuple[str, Sample]]:
+    """(operator, positional arguments) pairs."""
+    x = torch.randn(2, 5, 12)
+    weight, bias = torch.randn(7, 12), torch.randn(7)
+    taps, history = torch.randn(12, 4), torch.randn(2, 3, 12)
+    gamma, scale = torch.rand(12), torch.rand(12) + 0.1
+    return [
+        ("linear", (x, weight)),
+        ("linear", (x, weight, bias, True)),
+        ("embedding", (torch.randint(7, (2, 5)), weight)),
+        ("rms_norm", (x,)),
+        ("rms_norm", (x, gamma, 1e-6)),
+        ("rms_norm_gated", (x, None, gamma)),
+        ("rms_norm_gated", (x, torch.randn_like(x), gamma, 1e-6, 4, True)),
+        ("causal_conv1d", (x, taps)),
+        ("causal_conv1d", (x, taps, gamma, history, "silu", True)),
+        ("causal_conv1d", (x[:, :1], taps, None, history)),
+        ("causal_conv1d", (x, taps[:, :1])),
+        ("hadamard", (x, 12)),
+        ("hadamard", (x, 4)),
+        ("quantize", (x, scale)),
+        ("quantize", (x, scale.sum(), 4)),
+        ("quantize_dynamic", (x,)),
+        ("dequantize", (_int8(2, 5, 12), scale)),
+        *_scans(),
+        *_int8_samples(x, weight, bias, taps),
+    ]
+
+
+def _scans() -> list[tuple[str, Sample]]:
+    u, dt, A, B, C, D, z = _scan_operands(2, 5, 6, 3)
+    x, state = torch.randn(2, 5, 4, 3), torch.randn(2, 4, 3, 7)
+    steps, decay = torch.randn(2, 5, 4), -torch.rand(4)
+    B2, C2 = torch.randn(2, 2, 5, 2, 7)
+    return [
+        ("selective_scan", (u, dt, A, B, C)),
+        ("selective_scan", (u, dt, A, B, C, D, z, D, torch.randn(2, 6, 3), True, True)),
+        ("ssd_scan", (x, steps, decay, B2, C2)),
+        ("ssd_scan", (x, steps, decay, B2, C2, decay, decay, state, 0.1, 1.0, True)),
+    ]
+
+
+def _int8_samples(
+    x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor
+) -> list[tuple[str, Sample]]:
+    w_q, w_scale = quantize_weight(weight)
+    t_q, t_scale = quantize_weight(taps)
+    x_q, x_scale = quantize_dynamic(x)
+    one = torch.tensor(0.01)
+    u, state = _int8(2, 5, 6), torch.randn(2, 4, 3, 7)
+    A, D, B = -torch.rand(6, 3), torch.randn(6), _int8(2, 5, 3)
+    heads, decay, B2 = _int8(2, 5, 4, 3), -torch.rand(4), _int8(2, 5, 2, 7)
+    scan = (u, one, u, one, A, B, one, B, torch.full((2, 5, 1), 0.02))
+    ssd = (heads, one, heads[..., 0], one, decay, B2, one, B2, one)
+    return [
+        ("int8_linear", (x_q, x_scale, w_q, w_scale, bias)),
+        ("int8_embedding", (torch.randint(7, (2, 5)), w_q, w_scale)),
+        ("int8_embedding", (torch.randint(7, (2, 5)), w_q, one)),
+        ("int8_causal_conv1d", (x_q, one, t_q, t_scale)),
+        ("int8_causal_conv1d", (x_q, one, t_q, one, taps[:, 0], x_q[:, :3], "silu")),
+        ("int8_selective_scan", scan),
+        ("int8_selective_scan", (*scan, D, u, one, D, torch.randn(2, 6, 3), False, True)),
+        ("int8_ssd_scan", ssd),
+        ("int8_ssd_scan", (*ssd, decay, decay, state, 0.1, 1.0, True)),
+    ]
