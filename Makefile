@@ -21,6 +21,9 @@ DEMO_OUT ?= build/demo
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
+# On a busy machine, threads that spin while they wait steal each other's time.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
 

@@ -1,9 +1,9 @@
 """ssmc: a compiler that makes state-space language models small and fast after training.
 
-    import ssmc
-    model = ssmc.compile("demo", passes="hadamard,percentile")
-    model.save("out")
-    ssmc.load("out").generate(ids)
+import ssmc
+model = ssmc.compile("demo", passes="hadamard,percentile")
+model.save("out")
+ssmc.load("out").generate(ids)
 """
 
 from __future__ import annotations

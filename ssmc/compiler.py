@@ -47,6 +47,12 @@ class Source:
     calibration: list[Inputs] = field(default_factory=list)
     tokenizer: str | None = None
 
+    def to(self, device: torch.device) -> Source:
+        """The same source with its tensors and its calibration batches on `device`."""
+        self.graph.module.to(device)
+        self.calibration = [tuple(x.to(device) for x in batch) for batch in self.calibration]
+        return self
+
 
 def compile(
     model: str | nn.Module,
@@ -70,7 +76,7 @@ def compile(
 
     Raises UsageError, UnsupportedError, PassError or NumericsError (see ssmc.errors).
     """
-    named = [p for p in parse_passes(passes)] if not isinstance(passes, str) else passes
+    named = passes if isinstance(passes, str) else parse_passes(passes)
     recipe = make_recipe(
         passes=named if isinstance(named, str) else [{p.name: p.options()} for p in named],
         scheme=scheme,
@@ -126,9 +132,16 @@ def calibration_windows(model: Model, recipe: Recipe) -> tuple[torch.Tensor, dic
             f"{model.name} has no tokenizer, so no text can calibrate it",
             hint="put its tokenizer.json into the model's folder",
         )
-    cut = token_windows(model.tokenizer, read_texts(path), model.eos_token_id, recipe.length, str(path))
+    cut = token_windows(
+        model.tokenizer, read_texts(path), model.eos_token_id, recipe.length, str(path)
+    )
     windows = sample_windows(cut, recipe.samples, recipe.seed)
-    about = {"file": path.name, "sha256": file_hash(path), "windows": len(windows), "length": recipe.length}
+    about = {
+        "file": path.name,
+        "sha256": file_hash(path),
+        "windows": len(windows),
+        "length": recipe.length,
+    }
     return windows, about
 
 

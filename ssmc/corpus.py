@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FIELDS = ("text", "page")
+FORM = "write one object with a field 'text' a line"
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -26,27 +27,35 @@ def read_texts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(f"cannot read {path}: {reason}", hint="give a .jsonl or .txt file") from None
-    if path.suffix != ".jsonl":
-        texts = ["\n".join(lines)]
-    else:
-        texts = [_document(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        raise UsageError(
+            f"cannot read {path}: {reason}", hint="give a .jsonl or .txt file"
+        ) from None
+    texts = _documents(path, text) if path.suffix == ".jsonl" else [text]
     if not any(text.strip() for text in texts):
-        raise UsageError(f"{path} holds no text")
+        raise UsageError(f"{path} holds no text", hint="give a .jsonl or .txt file with text in it")
     return texts
+
+
+def _documents(path: Path, text: str) -> list[str]:
+    lines = text.split("\n")  # splitlines would cut a JSON string at U+2028
+    return [_document(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _document(path: Path, number: int, line: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{number}: broken JSON: {error.msg} at column {error.colno}") from None
+        raise UsageError(
+            f"{path}:{number}: broken JSON: {error.msg} at column {error.colno}", hint=FORM
+        ) from None
     text = next((row[f] for f in FIELDS if f in row), None) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise UsageError(f"{path}:{number}: no field 'text' with a string in it")
+        raise UsageError(f"{path}:{number}: no field 'text' with a string in it", hint=FORM)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"{path}:{number}: half of a surrogate pair, which is no text", hint=FORM)
     return text
 
 

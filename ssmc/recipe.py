@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,14 @@ from ssmc.core.plan import make_plan
 from ssmc.errors import UsageError, did_you_mean
 
 SCHEMES: dict[str, str | None] = {"w8a8": "quantise", "none": None}
+
+
+Backend = Literal["auto", "reference", "cpu"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def _list(names: Iterable[str]) -> str:
+    return f"there are {', '.join(names)}"
 
 
 class Recipe(BaseModel):
@@ -30,8 +38,8 @@ class Recipe(BaseModel):
     calibration: str | None = None
     samples: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=2)
-    seed: int = 0
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    backend: Backend = "auto"
 
     def plan(self) -> list[Pass]:
         """Every pass that will run, in order. UsageError for anything that cannot be planned."""
@@ -39,7 +47,7 @@ class Recipe(BaseModel):
         if self.scheme not in SCHEMES:
             raise UsageError(
                 f"unknown scheme '{self.scheme}'",
-                hint=did_you_mean(self.scheme, SCHEMES) or f"there are {', '.join(SCHEMES)}",
+                hint=did_you_mean(self.scheme, SCHEMES) or _list(SCHEMES),
             )
         added = SCHEMES[self.scheme]
         if added and not any(p.stage == "quantise" for p in passes):
@@ -62,20 +70,27 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         data = data["recipe"]
     if not isinstance(data, dict):
         raise UsageError(f"recipe {path} is not a mapping", hint="write `passes: [...]`")
-    return make_recipe(**data | {k: v for k, v in overrides.items() if v is not None}, where=str(path))
+    given = {k: v for k, v in overrides.items() if v is not None}
+    return _validated({str(key): value for key, value in data.items()} | given, str(path))
 
 
 def make_recipe(*, where: str = "recipe", **data: Any) -> Recipe:
     """A checked recipe; UsageError names the first field that is wrong."""
+    return _validated(data, where)
+
+
+def _validated(data: dict[str, Any], where: str) -> Recipe:
     try:
-        return Recipe(**data)
+        return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        hint = did_you_mean(key, Recipe.model_fields)
-        raise UsageError(f"{where}: {key}: {first['msg']}", hint=hint) from None
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """The recipe as canonical JSON."""
-    return json.dumps(recipe.model_dump(), sort_keys=True)
+        key, problem = str(first["loc"][0]), first["msg"]
+        hint = None
+        if first["type"] == "extra_forbidden":
+            problem = "unknown field"
+            hint = did_you_mean(key, Recipe.model_fields) or _list(Recipe.model_fields)
+        elif first["type"] == "literal_error":
+            hint = did_you_mean(str(data[key]), BACKENDS)
+        elif key == "passes":
+            problem = "neither text nor a list of names and of {name: {option: value}}"
+        raise UsageError(f"{where}: {key}: {problem}", hint=hint) from None

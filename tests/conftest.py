@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch starts its threads: on a busy machine spinning ones steal each other's time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -15,7 +15,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 
-import ssmc.ops  # noqa: F401  registers the ssmc:: operators
+import ssmc.ops  # registers the ssmc:: operators
 from ssmc.errors import UnsupportedError, did_you_mean
 
 
@@ -85,7 +85,7 @@ def target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name, _, overload = target.name().partition(".")
         return name if overload in ("", "default") else f"{name}.{overload}"
-    return _NAMES.get(target) or getattr(target, "__name__", str(target))
+    return _NAMES.get(target) or str(getattr(target, "__name__", target))
 
 
 def is_legal(target: Any) -> bool:
@@ -102,13 +102,14 @@ def resolve(name: str) -> Callable[..., Any]:
     namespace, _, op = name.partition("::")
     op, _, overload = op.partition(".")
     packet = getattr(getattr(torch.ops, namespace), op, None) if namespace in _namespaces else None
-    if packet is None:
+    found = getattr(packet, overload or "default", None)
+    if not isinstance(found, torch._ops.OpOverload):
         raise UnsupportedError(
             f"operator '{name}' is not in the dialect",
             hint=did_you_mean(name, known_names())
             or f"import what registers it and call ssmc.allow_operators('{namespace}')",
         )
-    return getattr(packet, overload or "default")
+    return found
 
 
 def known_names() -> list[str]:

@@ -91,4 +91,4 @@ def param_stats(value: torch.Tensor) -> ParamStats:
 def tensor_hash(value: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw).hexdigest()
+    return hashlib.sha256(raw.tobytes()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,6 +41,7 @@ class Graph:
         self.ranges: dict[str, Any] = {}  # observers of activations, by node name
         self.matched: list[str] = []
         self.skipped: list[dict[str, str]] = []
+        self.notes: list[str] = []
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -85,21 +87,25 @@ class Graph:
 
     def set_param(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
         """Replace the tensor behind a get_attr node, for all its users."""
+        self.param(node)  # refuses what is no parameter
         put_tensor(self.module, str(node.target), value)
         node.meta["val"] = value.to("meta")
         return node
 
     def new_param(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A get_attr node for a new tensor called `name`, or for the one of that name."""
-        for node in self.nodes:
-            if node.op == "get_attr" and node.target == name:
-                return self.set_param(node, value)
+        """A get_attr node for a new tensor called `name`, or `name_1`, ... where that is taken."""
+        name = self._free_name(name.lstrip("."))  # the owner of a call in the root module is ''
         put_tensor(self.module, name, value)
         first = next(n for n in self.nodes if n.op != "placeholder")
         with self.module.graph.inserting_before(first):
             node = self.module.graph.get_attr(name)
         node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
         return node
+
+    def _free_name(self, name: str) -> str:
+        taken = {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        return next(n for n in itertools.chain([name], numbered) if n not in taken)
 
     # -- rewriting ----------------------------------------------------------------------------
 
@@ -144,9 +150,15 @@ class Graph:
         self.matched.append(node.name)
         return node
 
-    def skip(self, node: fx.Node, reason: str) -> None:
-        """Say why the running pass leaves `node` alone."""
+    def skip(self, node: fx.Node, reason: str) -> fx.Node | None:
+        """Say why the running pass leaves `node` alone. Returns None, to end a rewrite with."""
         self.skipped.append({"node": node.name, "reason": reason})
+        return None
+
+    def note(self, text: str) -> None:
+        """Say something the running pass's record should hold, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def finish(self) -> None:
         """Drop what nothing uses any more, infer values anew, and recompile."""
@@ -241,7 +253,7 @@ def drop_unused_tensors(root: nn.Module, used: set[str]) -> None:
         for leaf in list(module._buffers):
             if f"{prefix}.{leaf}".lstrip(".") not in used:
                 del module._buffers[leaf]
-    for prefix, module in reversed(list(root.named_modules(remove_duplicate=False))):
+    for _, module in reversed(list(root.named_modules(remove_duplicate=False))):
         for name, child in list(module._modules.items()):
             if child is not None and not child._buffers and not child._modules:
                 del module._modules[name]
@@ -250,10 +262,10 @@ def drop_unused_tensors(root: nn.Module, used: set[str]) -> None:
 def check_finite(node: fx.Node, value: Any) -> None:
     """Raise NumericsError naming `node` where `value` holds NaN or infinity."""
     for tensor in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            if not torch.isfinite(tensor).all():
-                where = f"node '{node.name}'" if node.op != "get_attr" else f"tensor '{node.target}'"
-                raise NumericsError(
-                    f"{where} holds NaN or infinity",
-                    hint="check the checkpoint and the calibration text",
-                )
+        floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if floating and not torch.isfinite(tensor).all():
+            where = f"node '{node.name}'" if node.op != "get_attr" else f"tensor '{node.target}'"
+            raise NumericsError(
+                f"{where} holds NaN or infinity",
+                hint="check the checkpoint and the calibration text",
+            )

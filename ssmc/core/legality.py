@@ -29,7 +29,11 @@ def _problem(node: fx.Node, stage: str) -> str | None:
         return "has no inferred value; create calls with Graph.call"
     if node.op == "call_function" and not is_legal(node.target):
         return f"calls {target_name(node.target)}, which is not in the dialect"
-    if stage != "quantise" and node.op == "call_function" and target_name(node.target) in _QUANTISED:
+    if (
+        stage != "quantise"
+        and node.op == "call_function"
+        and target_name(node.target) in _QUANTISED
+    ):
         return "quantises before the quantise stage"
     return None
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from ssmc.core.graph import Graph, is_call
+from ssmc.core.graph import Graph, check_finite, is_call
 from ssmc.core.pipeline import signal_to_noise
 
+EQUAL = 300.0  # dB: what is reported for equal values, whose ratio is infinite
 Inputs = tuple[torch.Tensor, ...]
 PARTS = {"conv1d": "conv1d out", "scan": "scan out", "out_proj": "out_proj out"}
 
 
-def compare_values(
-    g: Graph, reference: Graph, names: set[str], inputs: Inputs
-) -> dict[str, float]:
-    """The signal-to-noise ratio (dB) of each named value of `g` on `inputs`."""
+def compare_values(g: Graph, reference: Graph, names: set[str], inputs: Inputs) -> dict[str, float]:
+    """The signal-to-noise ratio (dB) of each named value of `g` on `inputs`.
+
+    Raises NumericsError naming the first of them that holds NaN or infinity.
+    """
     expected: dict[str, torch.Tensor] = {}
     found: dict[str, float] = {}
 
@@ -28,7 +31,9 @@ def compare_values(
 
     def compare(node: fx.Node, value: Any) -> None:
         if node.name in expected:
-            found[node.name] = signal_to_noise(value, expected[node.name])
+            check_finite(node, value)
+            ratio = signal_to_noise(value, expected[node.name])
+            found[node.name] = ratio if math.isfinite(ratio) else EQUAL
 
     reference.watch(_tensors_only(keep), *inputs)
     g.watch(_tensors_only(compare), *inputs)
@@ -55,7 +60,11 @@ def block_numerics(g: Graph, reference: Graph, inputs: Inputs) -> list[dict[str,
     rows = []
     for layer, name in outputs.items():
         row: dict[str, Any] = {"block": layer, "output": ratios[name]}
-        row |= {PARTS[n.meta["role"]]: ratios[n.name] for n in parts.values() if n.meta.get("layer") == layer}
+        row |= {
+            PARTS[n.meta["role"]]: ratios[n.name]
+            for n in parts.values()
+            if n.meta.get("layer") == layer
+        }
         rows.append(row)
     return sorted(rows, key=lambda row: row["output"])
 

@@ -12,6 +12,7 @@ from ssmc.core.passes import Pass, find_pass
 from ssmc.errors import UsageError, did_you_mean
 
 PassSpec: TypeAlias = "str | Pass | dict[str, dict[str, Any] | None]"
+_NOTHING = ("none", "None", "null")
 _ITEM = re.compile(r"\s*([A-Za-z][\w-]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
 
 
@@ -54,8 +55,15 @@ def _options(name: str, inside: str | None) -> dict[str, str]:
     pairs = [part.partition("=") for part in (inside or "").split(",") if part.strip()]
     for key, equals, _ in pairs:
         if not equals:
-            raise UsageError(f"{name}: option '{key.strip()}' has no value", hint=f"write {key.strip()}=VALUE")
-    return {key.strip(): value.strip() for key, _, value in pairs}
+            raise UsageError(
+                f"{name}: option '{key.strip()}' has no value", hint=f"write {key.strip()}=VALUE"
+            )
+    found: dict[str, str] = {}
+    for key, _, value in pairs:
+        if key.strip() in found:
+            raise UsageError(f"{name}: option '{key.strip()}' is given twice", hint="give it once")
+        found[key.strip()] = value.strip()
+    return found
 
 
 def build_pass(name: str, options: dict[str, Any]) -> Pass:
@@ -72,7 +80,7 @@ def build_pass(name: str, options: dict[str, Any]) -> Pass:
 
 
 def _validated(cls: type[Pass], options: dict[str, Any]) -> Pass:
-    values = {k: None if v in ("none", "None") else v for k, v in options.items()}
+    values = {k: None if v in _NOTHING else v for k, v in options.items()}
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:

@@ -94,7 +94,9 @@ class Pass(ABC):
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         }
-        inside = ",".join(f"{k}={str(v).lower() if v in (True, False) else v}" for k, v in changed.items())
+        inside = ",".join(
+            f"{k}={str(v).lower() if v in (True, False) else v}" for k, v in changed.items()
+        )
         return f"{self.name}{{{inside}}}" if inside else self.name
 
 
@@ -130,7 +132,8 @@ def register(cls: type[Pass]) -> type[Pass]:
     """Class decorator that checks a pass and makes it known by its name.
 
     Raises TypeError for a class that is not a frozen dataclass, lacks `name`, `stage` or a
-    docstring, or takes the name of a pass that comes with ssmc.
+    docstring, names other passes by anything but a tuple, or takes the name of a pass that comes
+    with ssmc.
     """
     name = getattr(cls, "name", None)
     params = getattr(cls, "__dataclass_params__", None)
@@ -138,6 +141,9 @@ def register(cls: type[Pass]) -> type[Pass]:
         raise TypeError(f"{cls.__name__} must be a frozen dataclass derived from ssmc.Pass")
     if not name or getattr(cls, "stage", None) not in STAGES:
         raise TypeError(f"{cls.__name__} needs a name and a stage out of {', '.join(STAGES)}")
+    for names in ("after", "needs", "provides", "preserves"):
+        if not isinstance(getattr(cls, names), tuple):
+            raise TypeError(f"{cls.__name__}: `{names}` is a tuple of names, as in ('fold-norm',)")
     if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):
         raise TypeError(f"{cls.__name__} needs a docstring: one line, then Replaces and With")
     if name in _builtin_names() and not cls.__module__.startswith("ssmc.passes."):
@@ -194,7 +200,9 @@ def _import(name: str) -> None:
 
 def _load_plugin(point: EntryPoint) -> None:
     try:
-        register(point.load())
+        found = register(point.load()).name
+        if found != point.name:
+            raise ValueError(f"it is a pass called '{found}'")
     except SsmcError:
         raise
     except Exception as error:

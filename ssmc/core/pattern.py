@@ -3,7 +3,7 @@
     op.linear(op.rms_norm("x", "gamma"), "weight")
 
 A string captures what stands there, a nested pattern matches the call that produces it, None,
-True and False match themselves, and operands left out match anything.
+numbers and truth values match themselves, and operands left out match anything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Pattern:
         if self.sole_user and len(node.users) != 1:
             return False
         values = dialect.operands(node).values()
-        return all(_operand(p, v, captures) for p, v in zip(self.args, values, strict=False))
+        pairs = zip(self.args, values, strict=False)
+        return len(self.args) <= len(values) and all(_operand(p, v, captures) for p, v in pairs)
 
 
 def _operand(pattern: Any, value: Any, captures: dict[str, Any]) -> bool:
@@ -48,7 +49,7 @@ def _operand(pattern: Any, value: Any, captures: dict[str, Any]) -> bool:
         return pattern._match(value, captures)
     if isinstance(pattern, str):
         return captures.setdefault(pattern, value) is value
-    return value is pattern
+    return type(value) is type(pattern) and bool(value == pattern)
 
 
 @dataclass(frozen=True)

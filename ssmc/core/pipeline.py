@@ -7,6 +7,7 @@ of nodes and parameters, time, one record; on failure a bundle to reproduce it.
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 
 from ssmc.core.diff import Snapshot, difference
-from ssmc.core.graph import Graph
+from ssmc.core.graph import Graph, check_finite
 from ssmc.core.legality import check_graph, check_tensors
-from ssmc.core.passes import Context, Pass, find_pass
+from ssmc.core.passes import Context, Pass, find_pass, known_passes
 from ssmc.core.report import Record, Report
 from ssmc.core.text import graph_text
 from ssmc.errors import PassError, SsmcError
@@ -38,9 +39,11 @@ def run_passes(
 
     Raises PassError where a pass fails, leaves an illegal graph, or changes the probe's result
     by more than its `exact_to`; an error of another SsmcError type keeps it. Both name the pass.
-    With `crash_folder`, an unexpected failure leaves a bundle there.
+    NaN or infinity in a tensor or in a value of the probe raises NumericsError naming it. With
+    `crash_folder`, an unexpected failure leaves a bundle there.
     """
     report = Report()
+    check_tensors(g)
     for p in plan:
         text = graph_text(g)
         on_start(p)
@@ -61,12 +64,12 @@ def run_pass(g: Graph, p: Pass, context: Context) -> Record:
     record = Record(p.name, p.stage, p.options(), limit=p.exact_to)
     _analyse(g, p, context)
     before, expected = Snapshot.of(g), _probe(g, p, context)
-    g.matched, g.skipped = record.matched, record.skipped
+    g.matched, g.skipped, g.notes = record.matched, record.skipped, record.notes
     start = time.perf_counter()
     p.run(g, context)
+    check_graph(g, p.stage)
     g.finish()
     record.seconds = time.perf_counter() - start
-    check_graph(g, p.stage)
     record.diff = difference(before, Snapshot.of(g))
     if p.stage != "analyse":
         _invalidate(g, p)
@@ -79,13 +82,15 @@ def _analyse(g: Graph, p: Pass, context: Context) -> None:
         cls = find_pass(need)
         if cls.stage == "analyse" and need not in g.facts:
             _analyse(g, cls(), context)
+            g.matched, g.skipped = [], []  # what it finds again belongs to no record
             cls().run(g, context)
 
 
 def _invalidate(g: Graph, p: Pass) -> None:
-    analyses = [name for name in g.facts if find_pass(name).stage == "analyse"]
-    for name in set(analyses) - set(p.preserves):
-        del g.facts[name]
+    known = set(known_passes())
+    for name in [n for n in g.facts if n in known and n not in p.preserves]:
+        if find_pass(name).stage == "analyse":
+            del g.facts[name]
 
 
 def _probe(g: Graph, p: Pass, context: Context) -> torch.Tensor | None:
@@ -97,12 +102,12 @@ def _probe(g: Graph, p: Pass, context: Context) -> torch.Tensor | None:
 def _result(g: Graph, context: Context) -> torch.Tensor:
     result, _ = g(*context.probe)  # type: ignore[misc]
     first = result[0] if isinstance(result, tuple) else result
+    if not torch.isfinite(first).all():
+        g.watch(check_finite, *context.probe)  # type: ignore[misc]
     return first.float()
 
 
-def _parity(
-    g: Graph, p: Pass, context: Context, expected: torch.Tensor | None
-) -> float | None:
+def _parity(g: Graph, p: Pass, context: Context, expected: torch.Tensor | None) -> float | None:
     if expected is None:
         return None
     check_tensors(g)
@@ -128,7 +133,10 @@ def signal_to_noise(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _failure(p: Pass, error: Exception, bundle: Path | None) -> PassError:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    home = getattr(sys.modules.get(type(p).__module__), "__file__", None)
+    own = [f for f in frames if f.filename == home]
+    frame = (own or frames)[-1]
     where = f"{frame.filename}:{frame.lineno}"
     hint = f"the graph before it, the recipe and the traceback are in {bundle}" if bundle else None
     return PassError(f"pass {p.name} failed: {type(error).__name__}: {error} ({where})", hint=hint)

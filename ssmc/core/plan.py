@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import networkx as nx
 
@@ -21,7 +22,7 @@ def make_plan(given: Sequence[Pass]) -> list[Pass]:
     order = _dependencies(passes)
     _reject_circles(order)
     _reject_order(given, order)
-    order.add_edges_from((a.name, b.name) for a, b in zip(given, given[1:], strict=False))
+    order.add_edges_from((a.name, b.name) for a, b in pairwise(given))
     rank = {p.name: (STAGES.index(p.stage), i) for i, p in enumerate(passes)}
     by_name = {p.name: p for p in passes}
     return [by_name[n] for n in nx.lexicographical_topological_sort(order, key=rank.__getitem__)]
@@ -68,14 +69,16 @@ def _reject_order(given: Sequence[Pass], order: nx.DiGraph) -> None:
     for i, early in enumerate(given):
         for late in given[i + 1 :]:
             if nx.has_path(order, late.name, early.name):
-                right = [p.name for p in sorted(given, key=lambda p: STAGES.index(p.stage))]
                 raise UsageError(
                     f"impossible order: {late.name} ({late.stage}) must run before "
                     f"{early.name} ({early.stage})",
-                    hint=f"write --passes {_sorted(given, order) or ','.join(right)}",
+                    hint=f"write --passes {_sorted(given, order)}",
                 )
 
 
 def _sorted(given: Sequence[Pass], order: nx.DiGraph) -> str:
-    wanted = {p.name: str(p) for p in given}
-    return ",".join(wanted[n] for n in nx.lexicographical_topological_sort(order) if n in wanted)
+    """`given` in an order that is possible, and otherwise as near to its own as can be."""
+    wanted = {p.name: (i, str(p)) for i, p in enumerate(given)}
+    closed = nx.transitive_closure_dag(order).subgraph(wanted)
+    names = nx.lexicographical_topological_sort(closed, key=lambda n: wanted[n][0])
+    return ",".join(wanted[n][1] for n in names)

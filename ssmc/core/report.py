@@ -13,8 +13,8 @@ class Record:
     """One pass's record.
 
     `error` is the relative error of the probe's result against the result before the pass
-    (None for an analysis), `limit` what the pass may add (None: not limited). `notes` are the
-    pass's own figures.
+    (None for an analysis), `limit` what the pass may add (None: not limited). `notes` is what
+    the pass itself had to say.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Record:
     options: dict[str, Any]
     matched: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     diff: Diff = field(default_factory=Diff)
     error: float | None = None
     limit: float | None = None

@@ -10,8 +10,16 @@ from torch import fx
 from ssmc.core.dialect import operands, target_name
 from ssmc.core.graph import BATCH, LENGTH, Graph
 
-_DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16",
-           torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.bool: "bool"}  # fmt: skip
+_DTYPES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "bool",
+}
 _EXTENTS = {BATCH: "b", LENGTH: "l"}
 
 

@@ -47,7 +47,9 @@ def perplexity(
     progress(len(windows), len(windows))
     mean = torch.cat(losses).double().mean().item()
     if not math.isfinite(mean):
-        raise NumericsError("the loss is NaN or infinite", hint="`ssmc inspect --numerics` shows where")
+        raise NumericsError(
+            "the loss is NaN or infinite", hint="`ssmc inspect --numerics` shows where"
+        )
     return Perplexity(math.exp(mean), windows[:, 1:].numel(), len(windows))
 
 

@@ -50,13 +50,14 @@ def load_model(target: str, revision: str | None = None) -> Model:
             f"{folder} has no config.json", hint="give the folder that holds config.json"
         )
     raw = weights.read_json(folder / "config.json")
+    tokenizer, generation = _tokenizer(folder), _generation_settings(folder)
     load = _state_spaces if state_spaces.describes(raw) else _huggingface
     module, files, kind = load(folder, raw)
     weights.check_weights_finite(module)
     return Model(
         module=module,
-        tokenizer=_tokenizer(folder),
-        eos_token_id=_eos_token_id(module, folder),
+        tokenizer=tokenizer,
+        eos_token_id=_first(generation.get("eos_token_id", huggingface.eos_token_id(module))),
         name=folder.resolve().name if Path(target).is_dir() else target,
         kind="demo" if target == "demo" else kind,
         folder=folder,
@@ -113,9 +114,11 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
         raise UsageError(f"{file}: {error}", hint="download the tokenizer again") from error
 
 
-def _eos_token_id(module: nn.Module, folder: Path) -> int | None:
-    """Of generation_config.json where it says so, else of the model; the first of several."""
+def _generation_settings(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    settings = weights.read_json(file) if file.is_file() else {}
-    value = settings.get("eos_token_id", huggingface.eos_token_id(module))
-    return value[0] if isinstance(value, list) else value
+    return weights.read_json(file) if file.is_file() else {}
+
+
+def _first(ids: Any) -> int | None:
+    """The end-of-text token where a configuration may list several."""
+    return ids[0] if isinstance(ids, list) else ids

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssmc.errors import UsageError
 from ssmc.frontend import state_spaces
-from ssmc.frontend.weights import read_json
+from ssmc.frontend.weights import first_line, read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "tokenizer*")
@@ -49,8 +49,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
             hint=f"check the spelling and, for a private model, 'hf auth login'; {_LOCAL}",
         ) from None
     except Exception as error:  # of whichever HTTP client the library uses, too
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"'{repo}' is no local folder, and could not be downloaded{at}: {reason}",
+            f"'{repo}' is no local folder, and could not be downloaded{at}: {first_line(error)}",
             hint=f"check the connection and HF_HUB_OFFLINE, {_LOCAL}",
         ) from error

@@ -99,7 +99,8 @@ def skeleton(config: Any) -> nn.Module:
             return library().AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UnsupportedError(
-            f"transformers has no causal language model for '{config.model_type}'"
+            f"transformers has no causal language model for '{config.model_type}'",
+            hint="supported are mamba, mamba2 and falcon_mamba",
         ) from error
 
 

@@ -140,4 +140,4 @@ def _mamba2_sizes(mixer: Any) -> tuple[int, int, int, int]:
 
 def _dt_limits(mixer: nn.Module) -> tuple[float, float]:
     low, high = getattr(mixer, "time_step_limit", (0.0, math.inf))
-    return float(low), float(high)
+    return float(low), min(float(high), torch.finfo(torch.float32).max)

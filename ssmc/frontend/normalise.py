@@ -23,15 +23,22 @@ def canonical(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = target.default
     if target in RULES:
-        return RULES[target](*args, **kwargs)
+        named = dict(kwargs)
+        first = (named.pop("input"),) if "input" in named else ()  # torch's name for it
+        return RULES[target](*first, *args, **named)
     if not dialect.is_legal(target) or _mutates(target):
         raise UnsupportedError(
-            f"operator '{_spelled(target)}' is not in the dialect",
-            hint="write it with ssmc.ops, or register an adapter for its module",
+            f"operator '{_spelled(target)}' is not in the dialect", hint=_remedy(target)
         )
     if isinstance(target, torch._ops.OpOverload):
         args, kwargs = _positional(target, args, kwargs)
     return Call(dialect.target_name(target), args, kwargs)
+
+
+def _remedy(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims"):
+        return f"if it is functional, admit it with ssmc.allow_operators('{target.namespace}')"
+    return "write it with ssmc.ops, or register an adapter for its module"
 
 
 def _mutates(target: Any) -> bool:

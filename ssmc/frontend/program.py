@@ -50,15 +50,15 @@ def program(module: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None)
     Raises UsageError where a module that is no causal language model comes without inputs, and
     UnsupportedError for a language model with layers that no adapter knows.
     """
-    if example_inputs is None:
-        if not huggingface.is_causal_lm(module):
-            raise UsageError(
-                f"{type(module).__name__} is not a Hugging Face causal language model",
-                hint="give example_inputs, a tuple of tensors its forward takes",
-            )
+    if huggingface.is_causal_lm(module):
         check_supported(module)
         ids = torch.empty(BATCH, LENGTH, dtype=torch.int64, device="meta")
         return Program(module, {"input_ids": ids}, huggingface.logits)
+    if example_inputs is None:
+        raise UsageError(
+            f"{type(module).__name__} is not a Hugging Face causal language model",
+            hint="give example_inputs, a tuple of tensors its forward takes",
+        )
     examples = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     return Program(module, _marked(module, examples), _call)
 

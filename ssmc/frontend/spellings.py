@@ -75,10 +75,10 @@ def rewrites(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def _binary(name: str) -> Rule:
-    def rule(x: Any, y: Any, *, alpha: float = 1, rounding_mode: str | None = None) -> Call:
+    def rule(x: Any, other: Any, *, alpha: float = 1, rounding_mode: str | None = None) -> Call:
         if alpha != 1 or rounding_mode is not None:
             raise UnsupportedError(f"'{name}' with alpha or rounding_mode is not in the dialect")
-        return Call(name, (x, y))
+        return Call(name, (x, other))
 
     return rule
 
@@ -279,12 +279,13 @@ def _getitem(x: Any, index: Any) -> Any:
 
 
 def _is_full(part: Any) -> bool:
-    return part is Ellipsis or (
-        isinstance(part, slice)
-        and part.start in (None, 0)
-        and part.stop is None
-        and part.step in (None, 1)
-    )
+    if not isinstance(part, slice):
+        return part is Ellipsis
+    return _is(part.start, 0) and part.stop is None and _is(part.step, 1)
+
+
+def _is(value: Any, default: int) -> bool:
+    return value is None or (isinstance(value, int) and value == default)
 
 
 @rewrites(operator.eq)

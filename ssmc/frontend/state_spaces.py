@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from ssmc.errors import UnsupportedError, UsageError
+from ssmc.frontend.weights import first_line
 
 WEIGHTS = "pytorch_model.bin"
 _END_OF_TEXT = 0  # of the GPT-NeoX tokenizer these models are trained with
@@ -165,9 +166,8 @@ def read_tensors(folder: Path, config: Config) -> dict[str, Tensor]:
     try:
         loaded = torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a hostile or damaged file can make the reader raise anything
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"{file} cannot be read as tensors only, and nothing else is read: {reason}",
+            f"{file} cannot be read as tensors only, and nothing else is: {first_line(error)}",
             hint="download the file again, from a source you trust",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):

@@ -14,6 +14,7 @@ from torch.fx.proxy import Attribute
 from ssmc.core import dialect
 from ssmc.core.graph import BATCH, LENGTH, Graph, infer, is_call, put_tensor
 from ssmc.errors import SsmcError, UnsupportedError
+from ssmc.frontend.annotate import annotate
 from ssmc.frontend.normalise import canonical, check_extents, fold_squeezes
 from ssmc.frontend.program import Program, layer_of, program
 from ssmc.frontend.spellings import Call
@@ -47,7 +48,9 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None = 
     # A graph knows the class of its tracer, which copies of it would try to make.
     graph = fx.Graph()
     graph.output(graph.graph_copy(recorded, {}))
-    return Graph(root, graph, tracer.program.inputs, tracer.program.states)
+    placeholders = [node.name for node in graph.find_nodes(op="placeholder")]
+    inputs = placeholders[: len(tracer.program.inputs)]
+    return annotate(Graph(root, graph, inputs, tracer.program.states))
 
 
 class MetaProxy(fx.Proxy):

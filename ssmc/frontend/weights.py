@@ -19,6 +19,12 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ZIP, _PICKLE, _LFS = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 
+def first_line(error: Exception) -> str:
+    """What a foreign error says, on one line; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UsageError, with the line, for a file that holds none."""
     try:

@@ -65,13 +65,16 @@ def _dequantised(name: str) -> Pattern:
 
 
 _SCAN = (_dequantised("u"), _dequantised("dt"), "A", _dequantised("B"), _dequantised("C"))
+_CONV1D = op.causal_conv1d(
+    _dequantised("x"), _dequantised("w"), "bias", "state", "activation", True
+)
 
 RULES: tuple[tuple[Pattern, Rewrite], ...] = (
     (op.linear(_dequantised("x"), _dequantised("w"), "bias", True), _linear),
     (op.embedding("ids", _dequantised("w")), _embedding),
-    (op.causal_conv1d(_dequantised("x"), _dequantised("w"), "bias", "state", "activation", True), _conv1d),
+    (_CONV1D, _conv1d),
     (op.selective_scan(*_SCAN, "D", _dequantised("z")), _selective_scan),
     (op.selective_scan(*_SCAN, "D", None), _selective_scan),
     (op.ssd_scan(*_SCAN), _ssd_scan),
-)  # fmt: skip
+)
 HEAVY = tuple(dict.fromkeys(pattern.name for pattern, _ in RULES))

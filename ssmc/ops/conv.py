@@ -12,7 +12,10 @@ from ssmc.ops.registry import expect_shape, operator
 ACTIVATIONS = {"none": lambda y: y, "silu": F.silu}
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> None:
+def check_conv(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
+) -> None:
+    """Raise UsageError, naming `op`, for a weight, bias or state that does not fit x [B, L, C]."""
     batch, _, channels = x.shape
     taps = weight.shape[-1]
     expect_shape(op, "weight", weight, (channels, taps))
@@ -24,7 +27,7 @@ def conv_fake(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Empty (y float32, new_state of x's type) of a convolution's shapes; checks the operands."""
-    _check(op, x, weight, bias, state)
+    check_conv(op, x, weight, bias, state)
     new_state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
     return torch.empty_like(x, dtype=torch.float32), new_state
 
@@ -72,7 +75,7 @@ def causal_conv1d(
     before x, zeros when None. Returns y [B, L, C] and the state for the next call. `exact` sums
     the taps in float64 and rounds once to float32 before the bias, as in `linear`.
     """
-    _check("causal_conv1d", x, weight, bias, state)
+    check_conv("causal_conv1d", x, weight, bias, state)
     padded = with_history(x, weight.shape[1], state)
     y = slide(padded.double(), weight.double()).float() if exact else slide(padded, weight)
     y = y if bias is None else y + bias

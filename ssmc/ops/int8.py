@@ -11,8 +11,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmc.ops.conv import activate, conv_fake, slide, with_history
-from ssmc.ops.linear import linear_fake
+from ssmc.errors import UsageError
+from ssmc.ops.conv import activate, check_conv, conv_fake, slide, with_history
+from ssmc.ops.linear import check_linear, linear_fake
 from ssmc.ops.registry import operator
 from ssmc.ops.selective_scan import scan_fake, selective_scan
 from ssmc.ops.ssd_scan import ssd_fake, ssd_scan
@@ -26,7 +27,13 @@ def _rescale(accumulator: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor
     return y if bias is None else y + bias
 
 
-@operator(lambda x_q, x_scale, w_q, w_scale, bias=None: linear_fake(x_q, w_q, bias))
+def _linear_fake(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    return linear_fake("int8_linear", x_q, w_q, bias)
+
+
+@operator(_linear_fake)
 def int8_linear(
     x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -34,6 +41,7 @@ def int8_linear(
 
     x_scale [] or [..., 1], w_scale [] or [N, 1], bias [N] float32.
     """
+    check_linear("int8_linear", x_q, w_q, bias)
     # float64 holds any sum of int8 products exactly, and unlike int32 has a fast product.
     return _rescale(x_q.double() @ w_q.double().T, x_scale, w_scale, bias)
 
@@ -75,7 +83,7 @@ def int8_causal_conv1d(
 
     x_scale [] or [C], w_scale [] or [C, 1]. state_q [B, K-1, C] has the scale of x_q.
     """
-    conv_fake("int8_causal_conv1d", x_q, w_q, bias, state_q)
+    check_conv("int8_causal_conv1d", x_q, w_q, bias, state_q)
     padded = with_history(x_q, w_q.shape[1], state_q)
     accumulator = slide(padded.int(), w_q.int())
     y = activate(_rescale(accumulator, x_scale, w_scale, bias), activation)
@@ -104,8 +112,10 @@ def int8_selective_scan(
     """`selective_scan` of int8 u, dt, B, C and z; A, D, dt_bias and the state are float32.
 
     A scale is [] or broadcasts against its operand: [D] a channel, [B, L, 1] a token. z_q and
-    z_scale come together.
+    z_scale come together, or UsageError.
     """
+    if (z_q is None) != (z_scale is None):
+        raise UsageError("ssmc::int8_selective_scan: z_q and z_scale come together or not at all")
     z = None if z_q is None or z_scale is None else dequantize_tensor(z_q, z_scale)
     u, dt = dequantize_tensor(u_q, u_scale), dequantize_tensor(dt_q, dt_scale)
     B, C = dequantize_tensor(B_q, B_scale), dequantize_tensor(C_q, C_scale)

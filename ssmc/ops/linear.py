@@ -9,18 +9,19 @@ from torch import Tensor
 from ssmc.ops.registry import expect_shape, operator
 
 
-def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: object) -> Tensor:
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise UsageError, naming `op`, unless weight is [N, K] for x [..., K] and bias [N]."""
+    expect_shape(op, "weight", weight, (weight.shape[0], x.shape[-1]))
+    expect_shape(op, "bias", bias, (weight.shape[0],))
+
+
+def linear_fake(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Empty float32 [..., N] for x [..., K] and weight [N, K]; checks the operands."""
-    _check(x, weight, bias)
+    check_linear(op, x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    expect_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))
-    expect_shape("linear", "bias", bias, (weight.shape[0],))
-
-
-@operator(linear_fake)
+@operator(lambda x, weight, bias=None, *_: linear_fake("linear", x, weight, bias))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = False) -> Tensor:
     """Multiply x [..., K] with the transpose of weight [N, K], add bias [N]; returns [..., N].
 
@@ -28,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = 
     added. Where both operands are int8 times bfloat16-valued scales (one a row) the float64 sum
     has no rounding, so that any order of summation, integers included, gives the same bits.
     """
-    _check(x, weight, bias)
+    check_linear("linear", x, weight, bias)
     if not exact:
         return F.linear(x, weight, bias)
     y = (x.double() @ weight.double().T).float()

@@ -86,13 +86,16 @@ def _recur(
     # Channels innermost and time outermost: each step works on one contiguous block.
     h = h.transpose(1, 2).contiguous()
     dt, dt_u, B, C = (x.transpose(0, 1).contiguous() for x in (dt, dt_u, B, C))
-    y = torch.empty_like(dt)
     chunk = max(1, CHUNK_ELEMENTS // (batch * width * rank))
+    y = []
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
-        decay = (dt[part].unsqueeze(2) * A.T).exp_()
-        states = dt_u[part].unsqueeze(2) * B[part].unsqueeze(3)
-        for step_decay, step in zip(decay, states, strict=True):
-            h = step.addcmul_(step_decay, h)
-        y[part] = (C[part].unsqueeze(2) @ states).squeeze(2)
-    return y.transpose(0, 1).contiguous(), h.transpose(1, 2).contiguous()
+        decay = (dt[part].unsqueeze(2) * A.T).exp()
+        states = []
+        for step_decay, step in zip(
+            decay, dt_u[part].unsqueeze(2) * B[part].unsqueeze(3), strict=True
+        ):
+            h = torch.addcmul(step, step_decay, h)
+            states.append(h)
+        y.append((C[part].unsqueeze(2) @ torch.stack(states)).squeeze(2))
+    return torch.cat(y).transpose(0, 1).contiguous(), h.transpose(1, 2).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -
         observer = by_name.get(node.name)
         if observer is not None:
             check_finite(node, value)
-            observer.observe(value.flatten(2).flatten(0, 1))
+            observer.observe(value.reshape(-1, math.prod(channels(node))))
 
     for batch in context.batches():
         g.watch(seen, *batch)
@@ -46,5 +47,6 @@ def tokens(context: Context) -> int:
 
 
 def channels(node: fx.Node) -> torch.Size:
-    """The shape of a value beyond [batch, length]."""
-    return node.meta["val"].shape[2:]
+    """The shape of a value beyond [batch, length], or beyond [batch] where that is all it has."""
+    shape = node.meta["val"].shape
+    return shape[2:] if len(shape) > 2 else shape[1:]

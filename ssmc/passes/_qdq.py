@@ -25,11 +25,13 @@ class Quantised:
 class Quantiser:
     """Inserts the pairs, each value and each weight once however many calls read it."""
 
-    def __init__(self, g: Graph, granularity: Granularity) -> None:
+    def __init__(self, g: Graph, granularity: Granularity, margin: float = 1.0) -> None:
         self.g = g
+        self.margin = margin
         self.granularity: Granularity = granularity
         self.values: dict[fx.Node, Quantised] = {}
-        self.weights: dict[fx.Node, fx.Node] = {}
+        self.weights: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+        self.unit: fx.Node | None = None
 
     def static(self, value: fx.Node) -> fx.Node:
         """`value` through 8 bits with a scale from calibration, per channel or per tensor."""
@@ -38,7 +40,9 @@ class Quantiser:
             param = self.g.new_param(f"scales.{value.name}", scale)
             with self.g.after(value):
                 integers = self.g.call("ssmc::quantize", value, param, like=value, suffix="q")
-            self.values[value] = Quantised(integers, scale, self._dequantize(value, integers, param))
+            self.values[value] = Quantised(
+                integers, scale, self._dequantize(value, integers, param)
+            )
         return self.values[value].value
 
     def dynamic(self, value: fx.Node) -> fx.Node:
@@ -51,34 +55,43 @@ class Quantiser:
                 scale = g.call("getitem", pair, 1, like=value, suffix="scale")
             with g.after(pair):
                 integers = g.call("getitem", pair, 0, like=value, suffix="int8")
-            self.values[value] = Quantised(integers, None, self._dequantize(value, scale, integers, scale))
+            self.values[value] = Quantised(
+                integers, None, self._dequantize(value, scale, integers, scale)
+            )
         return self.values[value].value
 
-    def folded(self, value: fx.Node) -> tuple[fx.Node, torch.Tensor]:
-        """The integers of a value quantised per channel, as floats, and the scales left out."""
-        quantised = self.values[value]
-        unit = self.g.new_param("scales.unit", torch.ones(()))
-        return self._dequantize(value, quantised.integers, unit), quantised.scale  # type: ignore[return-value]
+    def folded(self, value: fx.Node) -> fx.Node:
+        """The integers of a value quantised per channel, as floats: its scales are left out."""
+        self.unit = self.unit or self.g.new_param("scales.unit", torch.ones(()))
+        return self._dequantize(value, self.values[value].integers, self.unit)
 
-    def weight(self, user: fx.Node, weight: fx.Node, factor: torch.Tensor | None = None) -> fx.Node:
-        """A weight [N, K] (its columns times `factor` [K]) through 8 bits, in front of `user`."""
-        if weight in self.weights and factor is None:
-            return self.weights[weight]
-        value = self.g.param(weight) if factor is None else self.g.param(weight) * factor
+    def weight(self, user: fx.Node, weight: fx.Node, folded: fx.Node | None = None) -> fx.Node:
+        """A weight [N, K] through 8 bits, in front of `user`, which is the first to read it.
+
+        Its columns are times the scales of the value that is `folded` into them, if one is.
+        """
+        if (weight, folded) in self.weights:
+            return self.weights[weight, folded]
+        value = self.g.param(weight)
+        if folded is not None:
+            value = value * self.values[folded].scale  # type: ignore[operator]
         integers, scale = quantize_weight(value, self.granularity, 8)
         q = self.g.new_param(f"{weight.target}_int8", integers)
         s = self.g.new_param(f"{weight.target}_scale", scale)
         with self.g.before(user):
-            self.weights[weight] = self.g.call("ssmc::dequantize", q, s, like=user, suffix="weight")
-        return self.weights[weight]
+            twin = self.g.call("ssmc::dequantize", q, s, like=user, suffix="weight")
+        self.weights[weight, folded] = twin
+        return twin
 
     def _static_scale(self, value: fx.Node) -> torch.Tensor:
         if value.name not in self.g.ranges:
-            raise PassError(f"no range was measured for '{value.name}'", hint="name absmax or percentile")
+            raise PassError(
+                f"no range was measured for '{value.name}'", hint="name absmax or percentile"
+            )
         ranges = self.g.ranges[value.name]
         per_channel = self.granularity == "channel"
         absmax = ranges.channel().reshape(channels(value)) if per_channel else ranges.tensor()
-        return scale_for(absmax.float())
+        return scale_for(absmax.float() * self.margin)
 
     def _dequantize(self, value: fx.Node, *pair: fx.Node) -> fx.Node:
         integers, scale = pair[-2:]

@@ -37,13 +37,15 @@ class ResidualStream:
         for node in g.nodes:
             if stream._carries(node):
                 stream.values.add(node)
-        for value in list(stream.values):
+        for value in [n for n in g.nodes if n in stream.values]:
             for user in list(value.users):
                 stream._meet(g, value, user)
         return stream
 
     def _carries(self, node: fx.Node) -> bool:
-        return is_call(node, "add", "to_dtype") and any(a in self.values for a in node.all_input_nodes)
+        return is_call(node, "add", "to_dtype") and any(
+            a in self.values for a in node.all_input_nodes
+        )
 
     def _meet(self, g: Graph, value: fx.Node, user: fx.Node) -> None:
         if user in self.values:
@@ -69,12 +71,12 @@ class ResidualStream:
             if not is_call(user, "ssmc::linear"):
                 raise PassError(f"{user.name}, no linear layer, reads {norm.name}", hint=_HINT)
             untie(g, user)
-        if norm.args[1] is not None:
+        if operands(norm)["weight"] is not None:
             folded = fold_norm(g, norm)
             g.replace(norm, folded)
             norm = folded
         for user in norm.users:
-            self._note(self.readers, user.args[1])  # type: ignore[arg-type]
+            self._note(self.readers, operands(user)["weight"])
 
     @staticmethod
     def _note(weights: list[fx.Node], weight: fx.Node) -> None:
@@ -84,7 +86,8 @@ class ResidualStream:
 
 def untie(g: Graph, linear: fx.Node) -> None:
     """Give a linear layer a weight of its own where it shares one."""
-    weight: fx.Node = linear.args[1]  # type: ignore[assignment]
+    weight = operands(linear)["weight"]
     if len(weight.users) > 1:
         own = g.new_param(f"{linear.meta['owner']}.weight", g.param(weight).clone())
         linear.replace_input_with(weight, own)
+        g.note(f"{own.target} is no longer {weight.target}: {g.param(own).numel()} values more")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
-
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.passes._calibration import observe, points
 from ssmc.quant.observers import Absmax as AbsmaxObserver

@@ -32,5 +32,5 @@ class FoldALog(Pass):
         if m.A_log.op != "get_attr":
             return g.skip(m.node, "its operand is computed, not a parameter")
         name = str(m.A_log.target)
-        return g.new_param(name.removesuffix("_log") if name.endswith("_log") else f"{name}_A",
-                           -torch.exp(g.param(m.A_log).float()))  # fmt: skip
+        name = name.removesuffix("_log") if name.endswith("_log") else f"{name}_A"
+        return g.new_param(name, -torch.exp(g.param(m.A_log).float()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ssmc.core import Graph, Match, Pass, is_call, op, register
+from ssmc.core.dialect import operands
 
 
 @register
@@ -31,19 +32,24 @@ class FoldNorm(Pass):
         """Scale the columns of every reader's weight; leave the norm where a reader cannot."""
         if m.gamma is None:
             return None
+        if m.gamma.op != "get_attr":
+            return g.skip(m.node, f"its weight is computed, by {m.gamma.name}")
         for user in m.node.users:
             if not is_call(user, "ssmc::linear"):
                 return g.skip(m.node, f"{user.name}, which reads it, is no linear layer")
-            if len(user.args[1].users) > 1:  # type: ignore[union-attr]
-                return g.skip(m.node, f"the weight of {user.name} is tied: {user.args[1].target}")  # type: ignore[union-attr]
+            weight = operands(user)["weight"]
+            if weight.op != "get_attr":
+                return g.skip(m.node, f"the weight of {user.name} is computed, by {weight.name}")
+            if len(weight.users) > 1:
+                return g.skip(m.node, f"the weight of {user.name} is tied: {weight.target}")
         return fold_norm(g, m.node)
 
 
 def fold_norm(g: Graph, norm: fx.Node) -> fx.Node:
     """The same norm without its weight, which its readers' weights take over."""
-    x, gamma, eps = norm.args
+    x, gamma, eps = operands(norm).values()
     for user in list(norm.users):
-        weight: fx.Node = user.args[1]  # type: ignore[assignment]
-        g.set_param(weight, g.param(weight) * g.param(gamma))  # type: ignore[arg-type]
+        weight = operands(user)["weight"]
+        g.set_param(weight, g.param(weight) * g.param(gamma))
     with g.before(norm):
         return g.call("ssmc::rms_norm", x, None, eps, like=norm)

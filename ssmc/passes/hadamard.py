@@ -9,10 +9,9 @@ from torch import fx
 
 import ssmc.ops
 from ssmc.core import Context, Graph, Pass, register
-from ssmc.errors import UsageError
 from ssmc.passes._residual import ResidualStream
 from ssmc.passes.linears import Linear, describe
-from ssmc.quant.rotation import largest_block
+from ssmc.quant.rotation import check_block, largest_block
 
 
 @register
@@ -48,11 +47,11 @@ class Hadamard(Pass):
             self._rotate_residual(g)
 
     def _rotate_input(self, g: Graph, linear: Linear) -> None:
-        if linear.tied:
-            return g.skip(linear.node, f"its weight is tied: {linear.weight.target}")
-        block = rotation_block(linear.input.meta["val"].shape[-1], self.block)
-        if block == 1:
-            return g.skip(linear.node, "no Hadamard matrix but that of order 1 divides its width")
+        if linear.weight.op != "get_attr" or linear.tied:
+            reason = "tied" if linear.tied else "computed"
+            g.skip(linear.node, f"its weight is {reason}: {linear.weight.target}")
+            return
+        block = rotation_block(g, linear.input.meta["val"].shape[-1], self.block)
         with g.before(linear.node):
             y = g.call("ssmc::hadamard", linear.input, block, like=linear.node, suffix="hadamard")
         linear.node.replace_input_with(linear.input, y)
@@ -61,7 +60,7 @@ class Hadamard(Pass):
 
     def _rotate_residual(self, g: Graph) -> None:
         stream = ResidualStream.find(g)
-        block = rotation_block(g.param(stream.embedding).shape[-1], self.block)
+        block = rotation_block(g, g.param(stream.embedding).shape[-1], self.block)
         for reader in (stream.embedding, *stream.readers, *stream.biases):
             rotate(g, reader, block)
         for writer in stream.writers:
@@ -79,16 +78,13 @@ def rotate(g: Graph, param: fx.Node, block: int) -> None:
     g.set_param(param, rotated(g.param(param), block))
 
 
-def rotation_block(width: int, asked: int | None) -> int:
+def rotation_block(g: Graph, width: int, asked: int | None) -> int:
     """The block a rotation of `width` channels uses: the one asked for, or the largest known.
 
     Raises UsageError where the block asked for does not divide the width or has no known order.
     """
-    if asked is None:
-        return largest_block(width)
-    if asked < 1 or width % asked or largest_block(asked) != asked:
-        raise UsageError(
-            f"hadamard{{block={asked}}}: no Hadamard matrix of order {asked} divides {width}",
-            hint=f"leave block out for {largest_block(width)}, or take a power of two that divides {width}",
-        )
-    return asked
+    block = largest_block(width) if asked is None else asked
+    check_block(width, block)
+    if block != width:
+        g.note(f"width {width}: rotated in {width // block} blocks of {block}")
+    return block

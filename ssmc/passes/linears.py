@@ -13,8 +13,10 @@ from ssmc.passes.ssm_sites import source
 
 @dataclass(frozen=True)
 class Linear:
-    """One call of a linear layer: its input value, its weight (a get_attr node [N, K]), and the
-    norm whose output it reads, if it does."""
+    """One call of a linear layer.
+
+    Its input value, its weight (a get_attr node [N, K]), and the norm it reads, if it reads one.
+    """
 
     node: fx.Node
     input: fx.Node
@@ -50,7 +52,9 @@ class Linears(Pass):
         """List the calls of linear whose weight is a parameter."""
         for node in [*g.calls("ssmc::embedding"), *g.calls("ssmc::rms_norm")]:
             node.meta["role"] = "embedding" if is_call(node, "ssmc::embedding") else "norm"
-        found = [describe(n) for n in g.calls("ssmc::linear") if n.args[1].op == "get_attr"]  # type: ignore[union-attr]
+        found = [
+            describe(n) for n in g.calls("ssmc::linear") if operands(n)["weight"].op == "get_attr"
+        ]
         results = g.result if isinstance(g.result, tuple | list) else (g.result,)
         heads = {source(r) for r in results}
         for linear in found:
@@ -64,4 +68,6 @@ def describe(node: fx.Node) -> Linear:
     """A call of linear, with what feeds it."""
     args = operands(node)
     norm = source(args["x"])
-    return Linear(node, args["x"], args["weight"], norm if is_call(norm, "ssmc::rms_norm") else None)
+    return Linear(
+        node, args["x"], args["weight"], norm if is_call(norm, "ssmc::rms_norm") else None
+    )

@@ -9,6 +9,7 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.core.dialect import operands
+from ssmc.errors import UsageError
 from ssmc.passes._qdq import Quantiser
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import Site
@@ -26,9 +27,10 @@ class Quantise(Pass):
     for what is elementwise between in_proj and out_proj (x, z, u, dt; that of u goes into the
     columns of x_proj), dynamic and per token for what a kernel holds a row of (inputs of in_proj,
     out_proj, dt_proj and the head, B, C), and per output channel for weights.
-    `granularity=tensor` takes one static scale a tensor, as Quamba does (Chiang et al. 2024, arXiv
-    2410.13229, section 4). A, D, dt_bias, norms, biases and states stay float32. `embedding` and
-    `head` leave those in float where false.
+    `margin` widens those per channel: what one channel reached on the calibration text it exceeds
+    on another text more often than a whole tensor does. `granularity=tensor` takes one static
+    scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4). A, D, dt_bias,
+    norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
     """
 
     name = "quantise"
@@ -38,21 +40,31 @@ class Quantise(Pass):
     granularity: Literal["free", "tensor"] = "free"
     embedding: bool = True
     head: bool = True
+    margin: float = 1.3
+
+    def __post_init__(self) -> None:
+        if not self.margin >= 1:
+            raise UsageError(f"quantise{{margin={self.margin}}}: margin must be at least 1")
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
-        quantiser = Quantiser(g, "channel" if self.granularity == "free" else "tensor")
+        free = self.granularity == "free"
+        quantiser = Quantiser(g, "channel" if free else "tensor", self.margin if free else 1.0)
         for node in g.calls("ssmc::embedding"):
             self._embedding(g, quantiser, node)
         for site in g.facts["ssm-sites"]:
             self._site(g, quantiser, site)
+        for conv1d in dict.fromkeys(s.conv1d for s in g.facts["ssm-sites"] if s.conv1d):
+            self._conv1d(g, quantiser, conv1d)
         for linear in g.facts["linears"]:
             self._linear(g, quantiser, linear)
 
     def _embedding(self, g: Graph, q: Quantiser, node: fx.Node) -> None:
         if not self.embedding:
-            return g.skip(node, "embedding=false")
-        node.args = (node.args[0], q.weight(node, node.args[1]))  # type: ignore[arg-type]
+            g.skip(node, "embedding=false")
+            return
+        ids, weight = operands(node).values()
+        node.args = (ids, q.weight(node, weight))
         g.match(node)
 
     def _site(self, g: Graph, q: Quantiser, site: Site) -> None:
@@ -63,12 +75,13 @@ class Quantise(Pass):
         gate = site.gate_norm or site.scan
         if site.z is not None and site.z in gate.all_input_nodes:
             gate.replace_input_with(site.z, q.static(site.z))
-        if site.conv1d is not None:
-            self._conv1d(g, q, site.conv1d)
         g.match(site.scan)
 
     def _conv1d(self, g: Graph, q: Quantiser, node: fx.Node) -> None:
         args = operands(node)
+        if args["weight"].op != "get_attr":
+            g.skip(node, f"its weight is computed, by {args['weight'].name}")
+            return
         weight = q.weight(node, args["weight"])
         args |= {"x": q.static(args["x"]), "weight": weight, "exact": True}
         node.args = tuple(args.values())
@@ -76,13 +89,18 @@ class Quantise(Pass):
 
     def _linear(self, g: Graph, q: Quantiser, linear: Linear) -> None:
         if linear.role == "head" and not self.head:
-            return g.skip(linear.node, "head=false")
-        factor = None
-        if self.granularity == "free" and linear.input in q.values and q.values[linear.input].scale is not None:
-            x, factor = q.folded(linear.input)
+            g.skip(linear.node, "head=false")
+            return
+        folded = None
+        if (
+            self.granularity == "free"
+            and linear.input in q.values
+            and q.values[linear.input].scale is not None
+        ):
+            x, folded = q.folded(linear.input), linear.input
         else:
             x = self._row(q, linear.input)
-        weight = q.weight(linear.node, linear.weight, factor)
+        weight = q.weight(linear.node, linear.weight, folded)
         linear.node.args = (x, weight, operands(linear.node)["bias"], True)
         g.match(linear.node)
 

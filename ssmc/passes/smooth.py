@@ -57,10 +57,12 @@ class Smooth(Pass):
         tied = next((linear for linear in linears if linear.tied), None)
         if tied is not None:
             g.skip(tied.node, f"its weight is tied: {tied.weight.target}")
-        elif not all(is_call(user, "ssmc::linear") for user in x.users):
+        elif set(x.users) != {linear.node for linear in linears}:
             g.skip(linears[0].node, "its input has another reader")
-        elif not is_call(x, "ssmc::rms_norm", "ssmc::rms_norm_gated") and not _rows(x):
-            g.skip(linears[0].node, f"{source(x).name}, which computes its input, cannot take a factor")
+        elif not _has_weight(x) and not _rows(x):
+            g.skip(
+                linears[0].node, f"{source(x).name}, which computes its input, cannot take a factor"
+            )
         else:
             return True
         return False
@@ -90,18 +92,35 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
         scaled[start:stop] /= s[:, None]
         g.set_param(weight, scaled)
         return
-    position = list(operands(x)).index("weight")
-    gamma = x.args[position]
-    value = (1 if gamma is None else g.param(gamma)) / s  # type: ignore[arg-type]
-    x.update_arg(position, g.new_param(f"{x.meta['owner']}.weight", value))
+    gamma = operands(x)["weight"]
+    value = (1 if gamma is None else g.param(gamma)) / s
+    if gamma is not None and len(gamma.users) == 1:
+        g.set_param(gamma, value)
+    else:
+        weight = g.new_param(f"{x.meta['owner']}.weight", value)
+        x.args = tuple((operands(x) | {"weight": weight}).values())
+
+
+def _has_weight(x: fx.Node) -> bool:
+    """Whether `x` is a norm whose weight can be set: a parameter, or none so far."""
+    if not is_call(x, "ssmc::rms_norm", "ssmc::rms_norm_gated"):
+        return False
+    gamma = operands(x)["weight"]
+    return gamma is None or gamma.op == "get_attr"
 
 
 def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """The weight rows that compute `x`, where x is a part of a bias-free linear layer's output."""
-    if not is_call(x, "getitem") or not is_call(x.args[0], "split"):
+    """The weight rows that compute `x`: a part of a bias-free linear layer's output, read once."""
+    if not is_call(x, "getitem"):
         return None
-    linear, sizes = x.args[0].args[0], x.args[0].args[1]  # type: ignore[union-attr]
-    if not is_call(linear, "ssmc::linear") or operands(linear)["bias"] is not None:  # type: ignore[arg-type]
+    parts, index = operands(x).values()
+    if not is_call(parts, "split") or sum(user.args[1] == index for user in parts.users) > 1:
         return None
-    start = sum(sizes[: x.args[1]])  # type: ignore[index, misc, arg-type]
-    return linear.args[1], start, start + sizes[x.args[1]]  # type: ignore[union-attr, index, return-value]
+    linear, sizes, dim = operands(parts).values()
+    if dim != -1 or not is_call(linear, "ssmc::linear") or len(linear.users) > 1:
+        return None
+    args = operands(linear)
+    if args["bias"] is not None or args["weight"].op != "get_attr" or len(args["weight"].users) > 1:
+        return None
+    start = sum(sizes[:index])
+    return args["weight"], start, start + sizes[index]

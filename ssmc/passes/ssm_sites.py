@@ -78,7 +78,7 @@ def find_site(scan: fx.Node) -> Site:
     args = operands(scan)
     u = args.get("u") or args["x"]
     conv1d = _only(source(u), "ssmc::causal_conv1d")
-    x = conv1d.args[0] if conv1d is not None else None
+    x = operands(conv1d)["x"] if conv1d is not None else None
     dt_source = _only(source(args["dt"]), "ssmc::linear")
     below = _only(source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
     gate_norm, out_proj = _down(scan)
@@ -90,12 +90,14 @@ def find_site(scan: fx.Node) -> Site:
         B=args["B"],
         C=args["C"],
         z=z,
-        x=x if isinstance(x, fx.Node) else None,
+        x=x,
         y=operands(out_proj)["x"] if out_proj is not None else None,
         conv1d=conv1d,
-        in_proj=_only(source(x), "ssmc::linear") if isinstance(x, fx.Node) else None,
-        x_proj=below if below is not None and source(args["B"]) in (below, *_normed(below)) else None,
-        dt_proj=dt_source if below is not None and dt_source is not source(x) else None,
+        in_proj=_only(source(x), "ssmc::linear") if x is not None else None,
+        x_proj=below
+        if below is not None and source(args["B"]) in (below, *_normed(below))
+        else None,
+        dt_proj=dt_source if below is not None else None,
         gate_norm=gate_norm,
         out_proj=out_proj,
     )
@@ -104,7 +106,7 @@ def find_site(scan: fx.Node) -> Site:
 def source(value: fx.Node) -> fx.Node:
     """The call that computes `value`, seen through views, casts and rotations."""
     while is_call(value, *_VIEWS, *_CASTS):
-        value = value.args[0]  # type: ignore[assignment]
+        value = next(iter(operands(value).values()))
     return value
 
 

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ssmc.core import Graph
-from ssmc.errors import ArtefactError, UsageError
+from ssmc.errors import ArtefactError, SsmcError, UsageError
 from ssmc.runtime.graph_json import dtype_from, graph_from_json, graph_to_json
 
 SCHEMA = 1
@@ -38,7 +38,7 @@ MAIN, GRAPH, TENSORS, REPORT, TOKENIZER = (
 
 @dataclass
 class Artefact:
-    """What is in an artefact: the graph, the description (`ssmc.json`), the report, the tokenizer."""
+    """An artefact in memory: graph, description (`ssmc.json`), report, tokenizer (as JSON)."""
 
     graph: Graph
     about: dict[str, Any] = field(default_factory=dict)
@@ -62,22 +62,38 @@ def write_artefact(artefact: Artefact, out: str | Path, *, force: bool = False) 
     """
     out = Path(out)
     check_output(out, force=force)
-    with _disk_errors(out), _temporary_folder(out) as folder:
+    target = out.resolve()  # where `out` is a link, what it points to is replaced
+    with _disk_errors(out), _temporary_folder(target) as folder:
         _write_files(artefact, folder)
-        _move_into_place(folder, out)
+        _move_into_place(folder, target)
     return out
 
 
 def check_output(out: Path, *, force: bool) -> None:
     """Raise UsageError unless an artefact may be written to `out`."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    hint = "name another output folder"
+    _check_place(out, hint)
+    if not out.exists() or not any(out.iterdir()):
         return
-    if not out.is_dir():
-        raise UsageError(f"{out} is a file", hint="name another output folder")
     if not is_artefact(out):
-        raise UsageError(f"{out} is not empty and no artefact", hint="name another output folder")
+        raise UsageError(f"{out} is not empty and no artefact", hint=hint)
+    foreign = sorted({p.name for p in out.iterdir()} - {MAIN, GRAPH, TENSORS, REPORT, TOKENIZER})
+    if foreign:
+        raise UsageError(f"{out} holds '{foreign[0]}', which is no part of an artefact", hint=hint)
     if not force:
         raise UsageError(f"{out} already holds an artefact", hint="--force replaces it")
+
+
+def _check_place(out: Path, hint: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", hint=hint)
+    if out.resolve() == Path.cwd():
+        raise UsageError(f"{out} is the current folder, which would be replaced", hint=hint)
+    parent = next(p for p in out.resolve().parents if p.exists())
+    if not parent.is_dir():
+        raise UsageError(f"cannot write {out}: {parent} is a file", hint=hint)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write {out}: {parent} is not writable", hint=hint)
 
 
 @contextlib.contextmanager
@@ -86,22 +102,33 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise UsageError(
-            f"cannot write {out}: {reason}", hint="nothing was written; choose another folder"
-        ) from error
-    except SafetensorError as error:
-        raise UsageError(f"cannot write {out}: {error}", hint="nothing was written") from error
+        raise _unwritten(out, full, error.strerror or str(error)) from error
+    except SafetensorError as error:  # holds the system's error as text
+        full = f"(os error {errno.ENOSPC})" in str(error) or f"(os error {errno.EDQUOT})" in str(
+            error
+        )
+        raise _unwritten(out, full, str(error)) from error
+
+
+def _unwritten(out: Path, full: bool, reason: str) -> UsageError:
+    return UsageError(
+        f"cannot write {out}: {'the disk is full' if full else reason}",
+        hint="nothing was written, and what was there is as it was; choose another folder",
+    )
 
 
 @contextlib.contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.{os.getpid()}.part"
-    folder.mkdir(parents=True)
+    new = [p for p in folder.parents if not p.exists()]
     try:
+        folder.mkdir(parents=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in new:
+            with contextlib.suppress(OSError):  # not empty: the artefact is in it
+                parent.rmdir()
 
 
 def _write_files(artefact: Artefact, folder: Path) -> None:
@@ -109,9 +136,13 @@ def _write_files(artefact: Artefact, folder: Path) -> None:
     _write_json(folder / REPORT, artefact.report)
     tensors = {n: narrowest(t).contiguous() for n, t in sorted(artefact.graph.params().items())}
     save_file(tensors, folder / TENSORS)
+    shutil.copymode(folder / GRAPH, folder / TENSORS)  # safetensors makes it private
     if artefact.tokenizer is not None:
         (folder / TOKENIZER).write_text(artefact.tokenizer, encoding="utf-8")
-    about = artefact.about | {"schema": SCHEMA, "files": {p.name: _entry(p) for p in sorted(folder.iterdir())}}
+    about = artefact.about | {
+        "schema": SCHEMA,
+        "files": {p.name: _entry(p) for p in sorted(folder.iterdir())},
+    }
     about["digest"] = _digest(about)
     _write_json(folder / MAIN, about)
     for path in [*folder.iterdir(), folder]:
@@ -154,12 +185,12 @@ def _move_into_place(folder: Path, out: Path) -> None:
         out.rename(old)
     try:
         folder.rename(out)
-    except OSError:
+    except BaseException:
         if old.exists():
             old.rename(out)
         raise
-    _sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
 
 
 # -- reading ----------------------------------------------------------------------------------
@@ -173,17 +204,30 @@ def read_artefact(path: str | Path) -> Artefact:
     """
     path = Path(path)
     about = read_about(path)
-    for name, entry in about["files"].items():
-        _check_file(path / name, entry)
-    data = json.loads((path / GRAPH).read_text(encoding="utf-8"))
-    graph = graph_from_json(data, _tensors(path / TENSORS, data["tensors"]))
+    for name in (GRAPH, TENSORS, REPORT, *about["files"]):
+        _check_file(path / name, about["files"].get(name))
     tokenizer = path / TOKENIZER
     return Artefact(
-        graph,
+        _read_graph(path),
         about,
         json.loads((path / REPORT).read_text(encoding="utf-8")),
         tokenizer.read_text(encoding="utf-8") if TOKENIZER in about["files"] else None,
     )
+
+
+def _read_graph(path: Path) -> Graph:
+    file = path / GRAPH
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        specs = data["tensors"]
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(file, "does not describe a graph") from None
+    tensors = _tensors(path / TENSORS, specs)
+    try:
+        return graph_from_json(data, tensors)
+    except SsmcError as error:
+        error.args = (f"{file}: {error}",)
+        raise
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -193,14 +237,16 @@ def read_about(path: Path) -> dict[str, Any]:
         about = json.loads(main.read_text(encoding="utf-8"))
         schema = about["schema"]
     except OSError as error:
-        raise ArtefactError(f"cannot read {main}: {error.strerror}", hint="is it an artefact?") from None
+        raise ArtefactError(
+            f"cannot read {main}: {error.strerror}", hint="is it an artefact?"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise _damaged(main) from None
     if not isinstance(schema, int) or schema > SCHEMA:
         raise ArtefactError(
             f"{main} has schema {schema}; this version reads up to {SCHEMA}", hint="upgrade ssmc"
         )
-    if about.get("digest") != _digest(about):
+    if about.get("digest") != _digest(about) or not isinstance(about.get("files"), dict):
         raise _damaged(main)
     return dict(about)
 
@@ -209,11 +255,15 @@ def _damaged(path: Path, what: str = "is damaged") -> ArtefactError:
     return ArtefactError(f"{path} {what}", hint="compile the artefact again, or copy it again")
 
 
-def _check_file(path: Path, entry: dict[str, Any]) -> None:
+def _check_file(path: Path, entry: dict[str, Any] | None) -> None:
+    if entry is None:
+        raise _damaged(path, f"is not listed in {MAIN}")
     if not path.is_file():
         raise _damaged(path, "is missing")
     if path.stat().st_size != entry["bytes"]:
-        raise _damaged(path, f"has {path.stat().st_size} bytes, not {entry['bytes']}: truncated or altered")
+        raise _damaged(
+            path, f"has {path.stat().st_size} bytes, not {entry['bytes']}: truncated or altered"
+        )
     if _entry(path)["sha256"] != entry["sha256"]:
         raise _damaged(path, "was altered: its hash differs")
 
@@ -229,5 +279,7 @@ def _tensors(path: Path, specs: dict[str, Any]) -> dict[str, torch.Tensor]:
     tensors = {name: stored[name].to(dtype_from(spec["dtype"])) for name, spec in specs.items()}
     for name, spec in specs.items():
         if list(tensors[name].shape) != spec["shape"]:
-            raise _damaged(path, f"holds '{name}' as {list(tensors[name].shape)}, not {spec['shape']}")
+            raise _damaged(
+                path, f"holds '{name}' as {list(tensors[name].shape)}, not {spec['shape']}"
+            )
     return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx, nn
 from ssmc.core import Graph, StateSpec
 from ssmc.core.dialect import resolve, target_name
 from ssmc.core.graph import infer, put_tensor
-from ssmc.errors import ArtefactError
+from ssmc.errors import ArtefactError, SsmcError
 
 SCHEMA = 1
 _META = ("owner", "layer", "role")
@@ -21,8 +22,10 @@ def graph_to_json(g: Graph) -> dict[str, Any]:
     """The nodes of `g` in order, its inputs, states and the shapes and dtypes of its tensors."""
     return {
         "schema": SCHEMA,
-        "inputs": {n.name: tensor_spec(n.meta["val"]) for n in g.nodes if n.name in g.inputs},
-        "states": [{"name": s.name, "shape": list(s.shape), "dtype": dtype_name(s.dtype)} for s in g.states],
+        "inputs": [{"name": name, **tensor_spec(g.node(name).meta["val"])} for name in g.inputs],
+        "states": [
+            {"name": s.name, "shape": list(s.shape), "dtype": dtype_name(s.dtype)} for s in g.states
+        ],
         "tensors": {name: tensor_spec(value) for name, value in g.params().items()},
         "nodes": [_node_to_json(n) for n in g.nodes if n.op == "call_function"],
         "result": _encode(g.result),
@@ -80,9 +83,10 @@ class _Reader:
         self.specs = [
             StateSpec(s["name"], tuple(s["shape"]), dtype_from(s["dtype"])) for s in data["states"]
         ]
-        for name, spec in data["inputs"].items():
-            self._placeholder(name, tuple(spec["shape"]), dtype_from(spec["dtype"]))
-        batch = next(iter(data["inputs"].values()))["shape"][0]
+        self.inputs = [spec["name"] for spec in data["inputs"]]
+        for spec in data["inputs"]:
+            self._placeholder(spec["name"], tuple(spec["shape"]), dtype_from(spec["dtype"]))
+        batch = data["inputs"][0]["shape"][0]
         for spec in self.specs:
             self._placeholder(spec.name, (batch, *spec.shape), spec.dtype)
         for name, value in tensors.items():
@@ -92,11 +96,13 @@ class _Reader:
         self.graph.output((self.decode(data["result"]), tuple(self.decode(data["new_states"]))))
 
     def _placeholder(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        node = self.graph.placeholder(name)
+        node = self.graph.placeholder(_plain(name))
         node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
         self.known[name] = node
 
     def _tensor(self, name: str, value: torch.Tensor) -> None:
+        if re.search(r'["\\\x00-\x1f]', name):
+            raise ArtefactError(f"{name!r} is no name for a tensor")
         put_tensor(self.root, name, value)
         node = self.graph.get_attr(name)
         node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
@@ -104,9 +110,9 @@ class _Reader:
 
     def _call(self, row: dict[str, Any]) -> None:
         args = tuple(self.decode(a) for a in row["args"])
-        kwargs = {key: self.decode(value) for key, value in row["kwargs"].items()}
+        kwargs = {_plain(key): self.decode(value) for key, value in row["kwargs"].items()}
         node = self.graph.create_node(
-            "call_function", resolve(row["target"]), args, kwargs, name=row["name"]
+            "call_function", resolve(row["target"]), args, kwargs, name=_plain(row["name"])
         )
         node.meta.update({key: row.get(key) for key in _META})
         node.meta["val"] = infer(node)
@@ -123,6 +129,13 @@ class _Reader:
         return readers[kind](inside)
 
 
+def _plain(name: str) -> str:
+    """`name` where it is an identifier: torch.fx writes names into source code and runs it."""
+    if not name.isidentifier():
+        raise ArtefactError(f"{name!r} is no name for a node")
+    return name
+
+
 def graph_from_json(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Graph:
     """The graph that `data` describes, over `tensors`.
 
@@ -131,8 +144,9 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> G
     """
     try:
         reader = _Reader(data, tensors)
-    except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
-        raise ArtefactError(f"graph.json does not describe a graph: {error!r}") from error
-    result = Graph(reader.root, reader.graph, data["inputs"], reader.specs)
-    result.module.graph.lint()
-    return result
+        reader.graph.lint()
+        return Graph(reader.root, reader.graph, reader.inputs, reader.specs)
+    except SsmcError:
+        raise
+    except Exception as error:  # what torch raises for operands that do not fit is not documented
+        raise ArtefactError(f"it does not describe a graph: {error!r}") from error

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssmc.core import Graph, States
 from ssmc.lowering import Lowered, lower
-from ssmc.runtime.artefact import Artefact, read_artefact, write_artefact
+from ssmc.runtime.artefact import TENSORS, Artefact, read_artefact, write_artefact
 from ssmc.runtime.generate import Sampling, generate
 
 Execution = Literal["simulated", "lowered"]
@@ -70,6 +70,13 @@ class CompiledModel(nn.Module):
     ) -> torch.Tensor:
         """`ids` [batch, length] with up to `max_new_tokens` tokens behind; greedy by default."""
         return generate(self, ids, max_new_tokens, sampling, self.eos)
+
+    def size(self, out: str | Path) -> dict[str, Any]:
+        """Bytes of the artefact in `out`, and its tensors' share of the 16-bit model's."""
+        files = {p.name: p.stat().st_size for p in sorted(Path(out).iterdir())}
+        before = self.about["source"].get("float_bytes")
+        ratio = files[TENSORS] / before if before else None
+        return files | {"float_bytes": before, "ratio": ratio}
 
     def save(self, out: str | Path, *, force: bool = False) -> Path:
         """Write the artefact to the folder `out`, whole or not at all."""

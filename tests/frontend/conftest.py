@@ -1,61 +1,17 @@
-"""Tiny language models of each supported architecture, with weights that make them talk."""
+"""A checkpoint folder to spoil."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-VOCABULARY = 97
-SHAPES = [(3, 17), (1, 1), (2, 64)]
-ARCHITECTURES = ["mamba", "mamba-no-conv-bias", "mamba2", "mamba2-groups", "falcon"]
+from .models import build
 
-
-def build(architecture: str, **changes: Any) -> nn.Module:
-    """A model of three layers; the random part keeps all its tensors from being trivial."""
-    import transformers as hf
-
-    common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3}
-    mamba2 = {"state_size": 12, "num_heads": 6, "head_dim": 8, "chunk_size": 8}
-    model_class, config_class, options = {
-        "mamba": (hf.MambaForCausalLM, hf.MambaConfig, {"state_size": 5}),
-        "mamba-no-conv-bias": (
-            hf.MambaForCausalLM,
-            hf.MambaConfig,
-            {"state_size": 5, "use_conv_bias": False, "use_bias": True, "conv_kernel": 3},
-        ),
-        "mamba2": (hf.Mamba2ForCausalLM, hf.Mamba2Config, {**mamba2, "n_groups": 1}),
-        "mamba2-groups": (
-            hf.Mamba2ForCausalLM,
-            hf.Mamba2Config,
-            {**mamba2, "n_groups": 2, "time_step_limit": (0.01, 0.5)},
-        ),
-        "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
-    }[architecture]
-    torch.manual_seed(0)
-    model = model_class(config_class(**(common | options | changes))).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape)
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest expected value."""
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+EditTensors = Callable[[Path, Callable[[dict[str, Tensor]], object]], None]
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +28,7 @@ def folder(_saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def edit_tensors() -> Callable[[Path, Callable[[dict[str, Tensor]], object]], None]:
+def edit_tensors() -> EditTensors:
     """Rewrites a safetensors file with its dictionary of tensors changed in place."""
     from safetensors.torch import load_file, save_file
 

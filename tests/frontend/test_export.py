@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from frontend.conftest import SHAPES, build, error, tokens
 
 from ssmc.core.state import fresh_states
 from ssmc.frontend import trace
 from ssmc.frontend.export import export_program
+
+from .models import SHAPES, build, error, tokens
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "mamba2-groups"])

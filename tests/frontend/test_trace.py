@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from frontend.conftest import ARCHITECTURES, SHAPES, build, error, logits, tokens
 from torch import fx, nn
 
 from ssmc.core import dialect
 from ssmc.core.graph import BATCH, LENGTH, Graph
 from ssmc.core.state import StateSpec
 from ssmc.frontend import load_model, trace
+
+from .models import ARCHITECTURES, SHAPES, build, error, logits, tokens
 
 TOLERANCE = 1e-5
 
@@ -33,9 +36,7 @@ def test_logits_are_those_of_the_eager_model(
 
 
 @pytest.mark.parametrize("parts", [[9, 1, 1, 2, 7], [1] * 20, [19, 1]])
-def test_prefill_in_parts_equals_the_whole(
-    pair: tuple[nn.Module, Graph], parts: list[int]
-) -> None:
+def test_prefill_in_parts_equals_the_whole(pair: tuple[nn.Module, Graph], parts: list[int]) -> None:
     model, graph = pair
     ids = tokens(3, 20)
     outputs, states = [], None
@@ -46,7 +47,7 @@ def test_prefill_in_parts_equals_the_whole(
 
 
 @pytest.mark.parametrize("name", ["mamba-5m", "mamba2-6m"])
-def test_trained_models_agree(name: str, shared_model) -> None:
+def test_trained_models_agree(name: str, shared_model: Callable[[str], Path]) -> None:
     model = load_model(str(shared_model(name)))
     graph = trace(model.module)
     for shape in SHAPES:

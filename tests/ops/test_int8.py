@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssmc.errors import UsageError
 from ssmc.ops import (
     causal_conv1d,
     dequantize,
@@ -106,6 +107,12 @@ def test_selective_scan(reverse: bool) -> None:
         reverse=reverse,
     )  # fmt: skip
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def test_a_gate_without_its_scale_is_refused() -> None:
+    q, one = integers(1, 2, 3, saturated=False), torch.tensor(1.0)
+    with pytest.raises(UsageError, match="z_q and z_scale"):
+        int8_selective_scan(q, one, q, one, -torch.ones(3, 3), q, one, q, one, z_q=q)
 
 
 def test_ssd_scan() -> None:

@@ -106,3 +106,15 @@ def test_a_long_strong_decay_stays_finite() -> None:
     y, state = selective_scan(**given)
     assert y.isfinite().all()
     assert state.isfinite().all()
+
+
+def test_gradients_flow_through_every_operand() -> None:
+    batch, length, width, rank = 2, 5, 6, 3
+    u, dt, z = (torch.randn(batch, length, width, requires_grad=True) for _ in range(3))
+    B, C = (torch.randn(batch, length, rank, requires_grad=True) for _ in range(2))
+    A = (-torch.rand(width, rank)).requires_grad_()
+    y, state = selective_scan(u, dt, A, B, C, torch.ones(width), z)
+    (y.sum() + state.sum()).backward()
+    for operand in (u, dt, A, B, C, z):
+        assert operand.grad is not None
+        assert operand.grad.abs().sum() > 0

@@ -1,0 +1,217 @@
+"""`ssmc compile`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssmc.cli import output
+
+if TYPE_CHECKING:
+    from ssmc.compiler import Source
+    from ssmc.core import Graph, Pass, Record
+    from ssmc.recipe import Recipe
+    from ssmc.runtime import CompiledModel
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face id, a local folder, a state-spaces folder, or demo."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the artefact.")
+    ] = None,
+    passes: Annotated[
+        str | None,
+        typer.Option(help="Passes, in order: hadamard{block=128},percentile{p=0.99999}."),
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="w8a8 (default) or none.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe file; options here go over it.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration text, .jsonl or .txt (default: the embedded).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows (64).")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window (512).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw of windows (0).")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, reference or cpu.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where passes run.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the artefact in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Trace MODEL, run passes over it, and write a verified int8 artefact to OUT."""
+    from ssmc.recipe import make_recipe, read_recipe
+
+    given = {
+        "passes": passes,
+        "scheme": scheme,
+        "calibration": str(calibration) if calibration else None,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "backend": backend,
+    }
+    if recipe is not None:
+        resolved = read_recipe(recipe, **given)
+    else:
+        resolved = make_recipe(**{k: v for k, v in given.items() if v is not None}, where="options")
+    plan = resolved.plan()
+    if dry_run:
+        return _show_plan(model, plan, resolved, as_json)
+    _compile(model, _checked_output(out, force), resolved, device, force, as_json)
+
+
+def _checked_output(out: Path | None, force: bool) -> Path:
+    from ssmc.errors import UsageError
+    from ssmc.runtime.artefact import check_output
+
+    if out is None:
+        raise UsageError("no output folder", hint="add -o OUT")
+    check_output(out, force=force)
+    return out
+
+
+def _show_plan(model: str, plan: list[Pass], recipe: Recipe, as_json: bool) -> None:
+    if as_json:
+        return output.say_json(
+            {
+                "model": model,
+                "plan": [{p.name: p.options()} for p in plan],
+                "recipe": recipe.model_dump(),
+            }
+        )
+    named = _named(recipe)
+    rows = [(p.stage, str(p), "" if p.name in named else "added") for p in plan]
+    output.say_table(["stage", "pass", ""], rows, f"plan for {model}")
+
+
+def _named(recipe: Recipe) -> set[str]:
+    from ssmc.core.options import parse_passes
+
+    return {p.name for p in parse_passes(recipe.passes)}
+
+
+def _compile(
+    model: str, out: Path, recipe: Recipe, device: str, force: bool, as_json: bool
+) -> None:
+    from ssmc.compiler import compile_source, read_source
+    from ssmc.device import find_device
+
+    found = find_device(device)
+    output.note(f"loading {model}")
+    source = read_source(model, recipe).to(found)
+    screen = _Screen(recipe, out, quiet=as_json)
+    screen.header(source, recipe)
+    with screen.bar:
+        compiled = compile_source(source, recipe, screen.hooks())
+    compiled.save(out, force=force)
+    if as_json:
+        output.say_json(_summary(compiled, out) | {"passes": screen.records})
+    else:
+        _say_summary(_summary(compiled, out))
+
+
+class _Screen:
+    """Shows each pass as it ends, with what it matched and changed."""
+
+    def __init__(self, recipe: Recipe, out: Path, quiet: bool) -> None:
+        self.plan = recipe.plan()
+        self.crash_folder = out.with_name(f"{out.name}.crash")
+        self.quiet = quiet
+        self.records: list[dict[str, Any]] = []
+        self.bar = ExitStack()
+
+    def header(self, source: Source, recipe: Recipe) -> None:
+        """The model, the calibration and the plan."""
+        if self.quiet:
+            return
+        about, text = source.about["source"], source.about["calibration"]
+        named = _named(recipe)
+        names = [p.name if p.name in named else f"+{p.name}" for p in self.plan]
+        plan = ", ".join(names) + ("   (+ added)" if len(named) < len(names) else "")
+        size = output.megabytes(about["float_bytes"])
+        output.say(f"model        {about['name']} ({about['kind']}), {size} at 16 bit")
+        output.say(
+            f"calibration  {text['file']}, {text['windows']} windows of {text['length']} tokens"
+        )
+        output.say(textwrap.fill(f"plan         {plan}", output.WIDTH, subsequent_indent=" " * 13))
+        output.say("")
+
+    def hooks(self) -> Any:
+        """What the compiler calls."""
+        from ssmc.compiler import Hooks
+
+        return Hooks(self.start, self.end, lambda *a: self.report(*a), self.crash_folder)
+
+    def start(self, p: Pass) -> None:
+        """A pass begins."""
+        number = [q.name for q in self.plan].index(p.name) + 1
+        self.report = self.bar.enter_context(
+            output.progress(f"({number}/{len(self.plan)}) {p.name}")
+        )
+
+    def end(self, record: Record, graph: Graph) -> None:
+        """A pass has ended."""
+        self.bar.close()
+        self.records.append(record.to_json())
+        if not self.quiet:
+            for line in record_lines(record):
+                output.say(line)
+
+
+def record_lines(record: Record) -> Iterator[str]:
+    """What a pass did, in a line; then a line for each reason it skipped something."""
+    diff = record.diff
+    changes = []
+    if diff.nodes_before != diff.nodes_after:
+        changes.append(f"nodes {diff.nodes_before} -> {diff.nodes_after}")
+    if diff.params:
+        changes.append(f"{len(diff.params)} tensors")
+    if record.error is not None:
+        changes.append(f"error {record.error:.1e}" if record.error else "same result")
+    matched = f"{len(record.matched)} matched, {len(record.skipped)} skipped"
+    yield f"{record.name:<12} {matched:<23} {', '.join(changes):<52} {record.seconds:5.1f} s"
+    for text in record.notes:
+        yield f"{'':<12} {text}"
+    for entry in record.skipped[:3]:
+        yield f"{'':<12} skipped {entry['node']}: {entry['reason']}"
+    if len(record.skipped) > 3:
+        yield f"{'':<12} ... and {len(record.skipped) - 3} more (report.json has them)"
+
+
+def _summary(compiled: CompiledModel, out: Path) -> dict[str, Any]:
+    size = compiled.size(out)
+    return {
+        "out": str(out),
+        "size": size,
+        "metrics": compiled.about["metrics"],
+        "lowered": {"backend": compiled.lowered.backend.name, "fused": len(compiled.lowered.fused),
+                    "kept": compiled.lowered.kept},
+        "worst_block": (compiled.report["numerics"] or [None])[0],
+    }  # fmt: skip
+
+
+def _say_summary(summary: dict[str, Any]) -> None:
+    size, metrics, lowered = summary["size"], summary["metrics"], summary["lowered"]
+    kept = f"{len(lowered['kept'])} kept in float"
+    output.say(f"\nlowered      {lowered['fused']} calls to {lowered['backend']}, {kept}")
+    output.say(
+        f"size         {output.megabytes(size['model.safetensors'])}, "
+        f"{size['ratio']:.3f} of {output.megabytes(size['float_bytes'])} at 16 bit"
+    )
+    if metrics.get("probe_signal_to_noise_db") is not None:
+        worst = summary["worst_block"]
+        output.say(
+            f"probe        logits {metrics['probe_signal_to_noise_db']:.1f} dB over the noise, "
+            f"top-1 agreement {100 * metrics['probe_top1_agreement']:.1f} %, "
+            f"worst block {worst['block']} ({worst['output']:.1f} dB)"
+        )
+    output.say(f"wrote        {summary['out']}")

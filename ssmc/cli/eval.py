@@ -1,0 +1,61 @@
+"""`ssmc eval`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmc.cli import output
+
+
+def run(
+    target: Annotated[str, typer.Argument(help="A model or an artefact.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to score, .jsonl or .txt (default: the embedded).")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many windows.")] = None,
+    mode: Annotated[str, typer.Option(help="prefill or recurrent: token by token.")] = "prefill",
+    execution: Annotated[
+        str, typer.Option(help="Of an artefact: lowered, or simulated in float.")
+    ] = "lowered",
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Perplexity of a model or an artefact on windows of text that do not overlap."""
+    from ssmc.cli.target import open_target
+    from ssmc.demo import evaluation_file
+    from ssmc.evaluate import perplexity
+
+    _check("mode", mode, ("prefill", "recurrent"))
+    _check("execution", execution, ("lowered", "simulated"))
+    opened = open_target(target)
+    if opened.compiled is not None:
+        opened.compiled.execution = execution  # type: ignore[assignment]
+    windows = opened.windows(text or evaluation_file(), window, limit)
+    start = time.perf_counter()
+    with output.progress(f"scoring {target}") as report:
+        size = batch or (8 if mode == "prefill" else 64)
+        result = perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    if as_json:
+        output.say_json({"target": target, "mode": mode, "seconds": seconds} | asdict(result))
+    else:
+        output.say(
+            f"{target}   perplexity {result.perplexity:.4f}   {result.tokens} tokens in "
+            f"{result.windows} windows of {window}, {mode}   {seconds:.1f} s"
+        )
+
+
+def _check(option: str, value: str, known: tuple[str, ...]) -> None:
+    from ssmc.errors import UsageError, did_you_mean
+
+    if value not in known:
+        raise UsageError(
+            f"--{option} {value} is unknown",
+            hint=did_you_mean(value, known) or f"there are {', '.join(known)}",
+        )

@@ -1,0 +1,206 @@
+"""`ssmc inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssmc.cli import output
+
+if TYPE_CHECKING:
+    from ssmc.core import Graph
+
+
+def run(
+    target: Annotated[str, typer.Argument(help="A model or an artefact.")],
+    after: Annotated[
+        str | None, typer.Option(help="After this pass (a model: runs up to it).")
+    ] = None,
+    passes: Annotated[
+        str, typer.Option(help="Of a model: the passes to run.")
+    ] = "hadamard,percentile",
+    samples: Annotated[int, typer.Option(min=1, help="Of a model: calibration windows.")] = 8,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only this layer.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="What passes changed.")] = False,
+    params: Annotated[bool, typer.Option("--params", help="Statistics of the tensors.")] = False,
+    numerics: Annotated[
+        bool, typer.Option("--numerics", help="Signal-to-noise a block, worst first.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Look at a graph: as text, what passes changed, its tensors, or its error block by block."""
+    from ssmc.errors import UsageError
+    from ssmc.runtime import is_artefact
+
+    if diff + params + numerics > 1:
+        raise UsageError("--diff, --params and --numerics are different views", hint="choose one")
+    if is_artefact(target):
+        view = _of_artefact(target, after, graph_needed=not (diff or numerics))
+    else:
+        view = _of_model(target, after, passes, samples, complete=numerics)
+    if numerics:
+        _show_numerics(view, layer, as_json)
+    elif diff:
+        _show_diff(view, after, layer, as_json)
+    elif params:
+        _show_params(view, layer, as_json)
+    else:
+        _show_graph(view, layer, as_json)
+
+
+@dataclass
+class _View:
+    name: str
+    graph: Graph
+    records: list[dict[str, Any]]
+    numerics: list[dict[str, Any]]
+
+
+def _of_artefact(target: str, after: str | None, *, graph_needed: bool) -> _View:
+    from ssmc.errors import UsageError, did_you_mean
+    from ssmc.runtime import read_artefact
+
+    artefact = read_artefact(target)
+    records = artefact.report["passes"]
+    names = [record["name"] for record in records]
+    if after is not None and after not in names:
+        raise UsageError(
+            f"{target} was made without pass '{after}'",
+            hint=did_you_mean(after, names) or f"its passes: {', '.join(names)}",
+        )
+    if after not in (None, names[-1]) and graph_needed:
+        raise UsageError(
+            f"{target} holds the graph after its last pass, {names[-1]}",
+            hint=f"add --diff, or inspect the model itself: ssmc inspect MODEL --after {after}",
+        )
+    return _View(target, artefact.graph, records, artefact.report["numerics"])
+
+
+def _of_model(
+    target: str, after: str | None, passes: str, samples: int, *, complete: bool
+) -> _View:
+    from ssmc.compiler import Hooks, compile_source, make_context, read_source
+    from ssmc.core import run_passes
+    from ssmc.recipe import make_recipe
+
+    recipe = make_recipe(passes=passes, samples=samples)
+    plan = recipe.plan()
+    stop = _stop([p.name for p in plan], after)
+    output.note(f"loading {target}")
+    source = read_source(target, recipe)
+    if complete:
+        compiled = compile_source(source, recipe, Hooks())
+        return _View(target, compiled.graph, compiled.report["passes"], compiled.report["numerics"])
+    report = run_passes(source.graph, plan[:stop], make_context(source, recipe, Hooks()))
+    return _View(target, source.graph, report.to_json(), [])
+
+
+def _stop(names: list[str], after: str | None) -> int:
+    from ssmc.errors import UsageError, did_you_mean
+
+    if after is None:
+        return 0
+    if after not in names:
+        raise UsageError(
+            f"pass '{after}' is not in the plan ({', '.join(names)})",
+            hint=did_you_mean(after, names) or f"name it: --passes ...,{after}",
+        )
+    return names.index(after) + 1
+
+
+def _show_graph(view: _View, layer: int | None, as_json: bool) -> None:
+    from ssmc.core.text import graph_lines
+
+    lines = graph_lines(view.graph, layer)
+    _check_layer(view, lines, layer)
+    if as_json:
+        output.say_json({"target": view.name, "nodes": lines})
+    else:
+        output.say("\n".join(lines.values()))
+
+
+def _check_layer(view: _View, found: Any, layer: int | None) -> None:
+    from ssmc.errors import UsageError
+
+    if not found and layer is not None:
+        layers = [n.meta["layer"] for n in view.graph.nodes if n.meta.get("layer") is not None]
+        raise UsageError(
+            f"{view.name} has no layer {layer}", hint=f"its layers: 0 to {max(layers, default=0)}"
+        )
+
+
+def _show_diff(view: _View, after: str | None, layer: int | None, as_json: bool) -> None:
+    records = [r for r in view.records if after in (None, r["name"])]
+    if as_json:
+        return output.say_json({"target": view.name, "passes": records})
+    if not records:
+        return output.say("no pass has run; add --after PASS")
+    for record in records:
+        output.say("\n".join(_diff_lines(record, layer)))
+
+
+def _diff_lines(record: dict[str, Any], layer: int | None) -> list[str]:
+    diff = record["diff"]
+    wanted = "" if layer is None else f"layers_{layer}_"
+    counts = f"{len(record['matched'])} matched, {len(record['skipped'])} skipped"
+    nodes = f"nodes {diff['nodes_before']} -> {diff['nodes_after']}"
+    lines = [f"{record['name']}   {counts}   {nodes}   {len(diff['params'])} tensors changed"]
+    lines += [f"  {text}" for text in record["notes"]]
+    lines += [f"  skipped {s['node']}: {s['reason']}" for s in record["skipped"]]
+    lines += [f"- {line}" for line in diff["removed"] if wanted in line]
+    lines += [f"+ {line}" for line in diff["added"] if wanted in line]
+    dotted = "" if layer is None else f"layers.{layer}."
+    changed = {n: s for n, s in diff["params"].items() if dotted in n or wanted in n}
+    return [*lines, *(f"  {name}   {_change(*stats)}" for name, stats in changed.items())]
+
+
+def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    if before is None or after is None:
+        stats, sign = (after, "new") if before is None else (before, "gone")
+        assert stats is not None
+        return f"{sign}   {stats['dtype']} {stats['shape']}"
+    return (
+        f"absmax {before['absmax']:.4g} -> {after['absmax']:.4g}   "
+        f"kurtosis {before['kurtosis']:.1f} -> {after['kurtosis']:.1f}"
+    )
+
+
+def _show_params(view: _View, layer: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ssmc.core.diff import param_stats
+
+    wanted = "" if layer is None else f"layers.{layer}."
+    stats = {n: asdict(param_stats(t)) for n, t in view.graph.params().items() if wanted in n}
+    _check_layer(view, stats, layer)
+    if as_json:
+        return output.say_json({"target": view.name, "params": stats})
+    rows = [
+        (
+            name,
+            s["dtype"],
+            "x".join(map(str, s["shape"])) or "1",
+            f"{s['absmax']:.4g}",
+            f"{s['kurtosis']:.1f}",
+        )
+        for name, s in stats.items()
+    ]
+    output.say_table(["tensor", "dtype", "shape", ">absmax", ">kurtosis"], rows)
+
+
+def _show_numerics(view: _View, layer: int | None, as_json: bool) -> None:
+    blocks = [row for row in view.numerics if layer in (None, row["block"])]
+    _check_layer(view, blocks, layer)
+    if as_json:
+        return output.say_json({"target": view.name, "blocks": blocks})
+    found = dict.fromkeys(key for row in blocks for key in row)
+    columns = ["output", *(key for key in found if key not in ("block", "output"))]
+    rows = [(row["block"], *(_decibels(row.get(c)) for c in columns)) for row in blocks]
+    title = "signal-to-noise (dB) on the probe, worst block first"
+    output.say_table([">block", *(f">{c}" for c in columns)], rows, title)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,105 @@
+"""`ssmc`: the application, and how its errors end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ssmc import __version__
+from ssmc.cli import compile as compile_command
+from ssmc.cli import doctor, generate, inspect, passes, verify
+from ssmc.cli import eval as eval_command
+from ssmc.cli.output import fail
+from ssmc.errors import SsmcError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="ssmc",
+    help="Make state-space language models small and fast after training.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("compile")(compile_command.run)
+app.command("passes")(passes.run)
+app.command("inspect")(inspect.run)
+app.command("eval")(eval_command.run)
+app.command("generate")(generate.run)
+app.command("verify")(verify.run)
+app.command("doctor")(doctor.run)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"ssmc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command; `--debug` is read by main() itself."""
+
+
+def main() -> None:
+    """Run the command line. One message for an error; a traceback only with --debug.
+
+    Exit codes: 0 done; 1 a pass, parity or verification failed; 2 wrong usage, recipe, input file
+    or output folder; 3 model not supported; 4 device missing or out of memory; 130 interrupted.
+    """
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    try:
+        code = _run(arguments)
+    except Exception as error:
+        if debug and not _is_usage(error):
+            raise
+        fail(*_explain(error))
+    if code == INTERRUPTED:
+        fail("interrupted", "what was not finished has left nothing behind", code)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = app(args=arguments, prog_name="ssmc", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:  # who reads stdout has left, as in `ssmc passes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code or 0
+
+
+def _explain(error: Exception) -> tuple[str, str | None, int]:
+    if _out_of_memory(error) or _out_of_memory(error.__cause__):
+        return "out of memory", "use fewer --samples, a shorter --length or a smaller --batch", 4
+    if isinstance(error, SsmcError):
+        return str(error), error.hint, error.exit_code
+    if _is_usage(error):
+        return _explain_usage(error)
+    return f"{type(error).__name__}: {error}", "this is a defect of ssmc; --debug shows where", 1
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)  # so says torch on the CPU
+
+
+def _is_usage(error: Any) -> bool:
+    """Whether the parser of the command line raised it."""
+    return hasattr(error, "format_message")
+
+
+def _explain_usage(error: Any) -> tuple[str, str, int]:
+    context = getattr(error, "ctx", None)
+    return error.format_message(), f"see '{context.command_path if context else 'ssmc'} --help'", 2

@@ -1,0 +1,91 @@
+"""`ssmc passes`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssmc.cli import output
+
+if TYPE_CHECKING:
+    from ssmc.core import Pass
+
+
+def run(
+    name: Annotated[str | None, typer.Argument(help="Show this pass in full.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only passes of this stage.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """List the passes, those of installed packages too, or show one in full."""
+    from ssmc.core import find_pass, known_passes
+    from ssmc.core.passes import STAGES
+
+    _check_stage(stage, STAGES)
+    names = [name] if name else known_passes()
+    rows = [describe(find_pass(n)) for n in names]
+    rows = sorted(
+        (r for r in rows if stage in (None, r["stage"])), key=lambda r: STAGES.index(r["stage"])
+    )
+    if as_json:
+        output.say_json({"passes": rows})
+    elif name:
+        _say_one(rows[0])
+    else:
+        _say_all(rows)
+
+
+def _check_stage(stage: str | None, stages: tuple[str, ...]) -> None:
+    from ssmc.errors import UsageError, did_you_mean
+
+    if stage is not None and stage not in stages:
+        raise UsageError(
+            f"unknown stage '{stage}'",
+            hint=did_you_mean(stage, stages) or f"there are {', '.join(stages)}",
+        )
+
+
+def describe(cls: type[Pass]) -> dict[str, Any]:
+    """A pass as data."""
+    from ssmc.core.passes import origin
+
+    file, line = inspect.getsourcefile(cls), inspect.getsourcelines(cls)[1]
+    return {
+        "name": cls.name,
+        "stage": cls.stage,
+        "needs": list(cls.needs),
+        "after": list(cls.after),
+        "exact_to": cls.exact_to,
+        "options": {
+            f.name: {"type": str(f.type), "default": f.default}
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        },
+        "from": origin(cls.name),
+        "source": f"{file}:{line}",
+        "doc": inspect.getdoc(cls),
+    }
+
+
+def _say_all(rows: list[dict[str, Any]]) -> None:
+    table = [
+        (r["stage"], r["name"], ", ".join(r["needs"]) or "-", ", ".join(r["after"]) or "-",
+         ", ".join(f"{k}={_text(v['default'])}" for k, v in r["options"].items()) or "-", r["from"])
+        for r in rows
+    ]  # fmt: skip
+    output.say_table(["stage", "pass", "needs", "after", "options", "from"], table)
+
+
+def _say_one(row: dict[str, Any]) -> None:
+    output.say(f"{row['name']}   stage {row['stage']}, from {row['from']}, {row['source']}\n")
+    output.say(f"{row['doc']}\n")
+    exact = "not limited" if row["exact_to"] is None else f"{row['exact_to']:.0e}"
+    output.say(f"relative error it may add: {exact}")
+    output.say(f"needs: {', '.join(row['needs']) or '-'}   after: {', '.join(row['after']) or '-'}")
+    for key, option in row["options"].items():
+        output.say(f"option {key}: {option['type']} = {_text(option['default'])}")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if value in (True, False, None) else str(value)

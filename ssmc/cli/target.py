@@ -1,0 +1,62 @@
+"""TARGET: a model or an artefact, opened the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssmc.cli.output import note
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from ssmc.runtime import CompiledModel
+
+
+@dataclass
+class Target:
+    """Something that runs: `run(ids, states=...)` gives logits and states."""
+
+    name: str
+    run: Any
+    tokenizer: Tokenizer | None
+    eos: int | None
+    compiled: CompiledModel | None = None
+
+    def encoder(self) -> tuple[Tokenizer, int]:
+        """The tokenizer and the token that separates texts; UsageError where it has none."""
+        from ssmc.errors import UsageError
+
+        if self.tokenizer is None or self.eos is None:
+            raise UsageError(
+                f"{self.name} has no tokenizer", hint="put tokenizer.json into its folder"
+            )
+        return self.tokenizer, self.eos
+
+    def windows(self, text: Path, length: int, limit: int | None) -> torch.Tensor:
+        """Windows of tokens [n, length] of a text file."""
+        from ssmc.corpus import read_texts, token_windows
+
+        tokenizer, eos = self.encoder()
+        return token_windows(tokenizer, read_texts(text), eos, length, str(text))[:limit]
+
+
+def open_target(name: str, backend: str = "auto") -> Target:
+    """The model or artefact called `name`."""
+    from ssmc.runtime import is_artefact, load
+
+    if is_artefact(name):
+        compiled = load(name, backend)
+        return Target(name, compiled, compiled.tokenizer, compiled.eos, compiled)
+    return open_model(name)
+
+
+def open_model(name: str) -> Target:
+    """The float model called `name`, traced."""
+    from ssmc.frontend import load_model, trace
+
+    note(f"loading {name}")
+    model = load_model(name)
+    return Target(name, trace(model.module), model.tokenizer, model.eos_token_id)
