@@ -63,7 +63,10 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from None
+        raise UsageError(
+            f"cannot read recipe {path}: {error.strerror}",
+            hint="give a YAML file, or the ssmc.json of an artefact",
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if isinstance(data, dict) and "recipe" in data:

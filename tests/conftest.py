@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +58,36 @@ def _find(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"needs {path}, which is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact of the embedded model, compiled on little text."""
+    import ssmc
+
+    compiled = ssmc.compile("demo", samples=8, length=128)
+    return compiled.save(tmp_path_factory.mktemp("artefacts") / "demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a random model of three layers, with tokenizer and text.txt."""
+    from tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-mamba")
+
+
+@pytest.fixture(scope="session")
+def tiny_artefact(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact of the model in tiny_folder. Not to be changed."""
+    import ssmc
+
+    text = tiny_folder / "text.txt"
+    compiled = ssmc.compile(str(tiny_folder), calibration=text, samples=4, length=32)
+    return compiled.save(tmp_path_factory.mktemp("artefacts") / "tiny")
+
+
+@pytest.fixture
+def spoilt(tiny_artefact: Path, tmp_path: Path) -> Path:
+    """A copy of tiny_artefact, to be spoilt."""
+    return Path(shutil.copytree(tiny_artefact, tmp_path / "artefact"))

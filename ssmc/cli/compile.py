@@ -136,14 +136,15 @@ class _Screen:
         about, text = source.about["source"], source.about["calibration"]
         named = _named(recipe)
         names = [p.name if p.name in named else f"+{p.name}" for p in self.plan]
-        plan = ", ".join(names) + ("   (+ added)" if len(named) < len(names) else "")
+        plan = " ".join(names) + ("   (+ added)" if len(named) < len(names) else "")
         size = output.megabytes(about["float_bytes"])
         output.say(f"model        {about['name']} ({about['kind']}), {size} at 16 bit")
         output.say(
             f"calibration  {text['file']}, {text['windows']} windows of {text['length']} tokens"
         )
-        output.say(textwrap.fill(f"plan         {plan}", output.WIDTH, subsequent_indent=" " * 13))
-        output.say("")
+        lines = textwrap.wrap(plan, output.WIDTH - 13, break_on_hyphens=False)
+        indented = ("\n" + 13 * " ").join(lines)
+        output.say(f"plan         {indented}\n")
 
     def hooks(self) -> Any:
         """What the compiler calls."""

@@ -45,8 +45,9 @@ def run(
     if as_json:
         output.say_json({"target": target, "mode": mode, "seconds": seconds} | asdict(result))
     else:
+        output.say(f"target       {target}")
         output.say(
-            f"{target}   perplexity {result.perplexity:.4f}   {result.tokens} tokens in "
+            f"perplexity   {result.perplexity:.4f}   {result.tokens} tokens in "
             f"{result.windows} windows of {window}, {mode}   {seconds:.1f} s"
         )
 

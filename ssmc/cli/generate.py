@@ -14,8 +14,10 @@ def run(
     target: Annotated[str, typer.Argument(help="A model or an artefact.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most this many.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy; above it, tokens are drawn.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest only.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

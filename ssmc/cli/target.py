@@ -46,8 +46,9 @@ class Target:
 def open_target(name: str, backend: str = "auto") -> Target:
     """The model or artefact called `name`."""
     from ssmc.runtime import is_artefact, load
+    from ssmc.runtime.artefact import GRAPH
 
-    if is_artefact(name):
+    if (Path(name) / GRAPH).is_file() or is_artefact(name):
         compiled = load(name, backend)
         return Target(name, compiled, compiled.tokenizer, compiled.eos, compiled)
     return open_model(name)

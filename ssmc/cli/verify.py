@@ -46,6 +46,8 @@ def run(
         output.say_table(
             ["operator", ">calls", ">values", ">differing", ">worst error"], _rows(found)
         )
+        agree = f"{len(found) - len(different)} of {len(found)} calls agree"
+        output.say(f"\n{agree}, {opened.compiled.backend} against the simulation")
     if different:
         first = different[0]
         raise VerifyError(

@@ -211,6 +211,7 @@ class Graph:
 class _Watcher(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, seen: Callable[[fx.Node, Any], None]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # errors say themselves where they come from
         self.seen = seen
 
     def run_node(self, n: fx.Node) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,8 +26,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UsageError(f"temperature {self.temperature} is negative", hint="0 is greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"temperature {self.temperature} is not a number of 0 or more", hint="0 is greedy"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"top_k {self.top_k} keeps no token", hint="use 1 or more")
 

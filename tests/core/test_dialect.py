@@ -24,8 +24,11 @@ def test_every_name_resolves_to_what_bears_it(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["aten::add", "aten::add.Tensor", "eval", "os::system", "operator.add", "", "::", "ssmc::"]
-    + ["ssmc::__class__", "ssmc::linear.__class__", "ssmc::linear.__call__", "ssmc::linear.out"],
+    [
+        *("aten::add", "aten::add.Tensor", "eval", "os::system", "operator.add", "", "::"),
+        *("ssmc::", "ssmc::__class__", "ssmc::name", "ssmc::linear.out"),
+        *("ssmc::linear.__class__", "ssmc::linear.__call__", "ssmc::linear.__setattr__"),
+    ],
 )
 def test_nothing_else_resolves(name: str) -> None:
     with pytest.raises(UnsupportedError, match="is not in the dialect") as caught:

@@ -1,0 +1,5 @@
+"""`python -m ssmc`."""
+
+from ssmc.cli.main import main
+
+main()

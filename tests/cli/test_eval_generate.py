@@ -1,0 +1,126 @@
+"""`ssmc eval` and `ssmc generate`, of models and of artefacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import EOS, tokenizer
+
+import ssmc
+from ssmc.corpus import token_windows
+from ssmc.evaluate import perplexity
+
+from .conftest import Call
+
+
+@pytest.mark.parametrize("mode", ["prefill", "recurrent"])
+@pytest.mark.parametrize("which", ["model", "artefact"])
+def test_eval(call: Call, tiny_folder: Path, tiny_artefact: Path, mode: str, which: str) -> None:
+    target = tiny_folder if which == "model" else tiny_artefact
+    text = tiny_folder / "text.txt"
+    arguments = ("eval", target, "--text", text, "--window", 20, "--limit", 7, "--mode", mode)
+    data = call(*arguments, "--json").json
+    windows = token_windows(tokenizer(), [text.read_text()], EOS, 20)[:7]
+    model = (
+        ssmc.trace(ssmc.load_model(str(target)).module) if which == "model" else ssmc.load(target)
+    )
+    expected = perplexity(model, windows, mode).perplexity  # type: ignore[arg-type]
+    assert data["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert (data["tokens"], data["windows"]) == (7 * 19, 7)
+    ended = call(*arguments)
+    first, last = ended.out.splitlines()
+    assert first == f"target       {target}"
+    assert last.startswith(f"perplexity   {expected:.4f}   133 tokens in 7 windows of 20, {mode}")
+    assert "scoring" in ended.err
+
+
+def test_eval_of_the_simulation(call: Call, tiny_folder: Path, tiny_artefact: Path) -> None:
+    arguments = (
+        "eval",
+        tiny_artefact,
+        "--text",
+        tiny_folder / "text.txt",
+        "--window",
+        20,
+        "--json",
+    )
+    simulated = call(*arguments, "--execution", "simulated").json["perplexity"]
+    assert simulated == call(*arguments).json["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "recurent"], "did you mean recurrent?"),
+        (["--execution", "lowred"], "did you mean lowered?"),
+        (["--text", "nowhere.jsonl"], "No such file"),
+        (["--window", "1"], "'--window'"),
+        (["--limit", "0"], "'--limit'"),
+        (["--window", "100000"], "fewer than one window of 100000"),
+    ],
+)
+def test_eval_refuses(call: Call, tiny_artefact: Path, arguments: list[str], message: str) -> None:
+    ended = call("eval", tiny_artefact, *arguments)
+    assert ended.code == 2
+    assert message in ended.error
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize("which", ["model", "artefact"])
+def test_generate(call: Call, tiny_folder: Path, tiny_artefact: Path, which: str) -> None:
+    target = tiny_folder if which == "model" else tiny_artefact
+    arguments = ("generate", target, "--prompt", "w3 w5 w7", "-n", 6)
+    data = call(*arguments, "--json").json
+    assert len(data["tokens"]) <= 6
+    assert data["text"] == tokenizer().decode([t for t in data["tokens"] if t != EOS])
+    ended = call(*arguments)
+    assert ended.out == f"w3 w5 w7{data['text']}\n"
+    assert f"{len(data['tokens'])} tokens in" in ended.err
+    ids = torch.tensor([[3, 5, 7]])
+    if which == "artefact":
+        assert ssmc.load(target).generate(ids, 6)[0, 3:].tolist() == data["tokens"]
+
+
+def test_generate_draws_by_the_seed(call: Call, tiny_artefact: Path) -> None:
+    def draw(*more: Any) -> list[int]:
+        arguments = ("--prompt", "w3", "--temperature", 2, *more, "--json")
+        return list(call("generate", tiny_artefact, *arguments).json["tokens"])
+
+    assert draw("--seed", 1) == draw("--seed", 1) != draw("--seed", 2)
+    assert (
+        draw("--top-k", 1)
+        == call("generate", tiny_artefact, "--prompt", "w3", "--json").json["tokens"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        ([], "Missing option '--prompt'"),
+        (["--prompt", "w1", "--temperature", "-1"], "temperature -1.0"),
+        (["--prompt", "w1", "--top-k", "0"], "top_k 0 keeps no token"),
+        (["--prompt", "w1", "-n", "0"], "'-n'"),
+    ],
+)
+def test_generate_refuses(
+    call: Call, tiny_artefact: Path, arguments: list[str], message: str
+) -> None:
+    ended = call("generate", tiny_artefact, *arguments)
+    assert ended.code == 2
+    assert message in ended.error
+    assert ended.out == ""
+
+
+def test_a_target_without_tokenizer(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    for command in (["generate", folder, "--prompt", "a"], ["eval", folder]):
+        ended = call(*command)
+        assert ended.code == 2
+        assert "has no tokenizer" in ended.error

@@ -1,0 +1,175 @@
+"""`ssmc verify` and `ssmc inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ssmc
+from ssmc.lowering.backends import cpu
+
+from .conftest import Call, legible
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_verify(call: Call, tiny_folder: Path, tiny_artefact: Path, backend: str) -> None:
+    arguments = ("verify", tiny_artefact, "--text", tiny_folder / "text.txt", "--length", 24)
+    lines = legible(call(*arguments, "--backend", backend))
+    assert lines[0].split() == ["operator", "calls", "values", "differing", "worst", "error"]
+    assert [line.split()[3] for line in lines[1:-2]] == ["0"] * (len(lines) - 3)
+    compared = sum(int(line.split()[1]) for line in lines[1:-2])
+    used = "cpu" if backend == "auto" else backend
+    assert lines[-1] == f"{compared} of {compared} calls agree, {used} against the simulation"
+    data = call(*arguments, "--backend", backend, "--json").json
+    assert data["agrees"] is True
+    assert all(c["operator"].startswith("ssmc::") for c in data["comparisons"])
+
+
+def test_verify_names_a_broken_kernel(
+    call: Call, tiny_folder: Path, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        y, state = cpu.int8_causal_conv1d(*args)
+        return y, state.roll(1, -1)
+
+    monkeypatch.setitem(cpu.CPU.kernels, "ssmc::int8_causal_conv1d", wrong)  # type: ignore[arg-type]
+    arguments = ("verify", tiny_artefact, "--text", tiny_folder / "text.txt", "--length", 24)
+    ended = call(*arguments)
+    assert ended.code == 1
+    assert "backbone_layers_0_mixer_conv1d (ssmc::int8_causal_conv1d) differs" in ended.error
+    assert "6 of" in ended.error
+    assert call(*arguments, "--backend", "reference").code == 0
+    ended = call(*arguments, "--json")
+    assert ended.code == 1
+    assert ended.json["agrees"] is False
+
+
+def test_verify_wants_an_artefact(call: Call, tiny_folder: Path, tiny_artefact: Path) -> None:
+    for target in (tiny_folder, "demo", "nowhere"):
+        ended = call("verify", target)
+        assert ended.code == 2
+        assert "is no artefact" in ended.error
+    ended = call("verify", tiny_artefact, "--backend", "cpuu")
+    assert ended.code == 2
+    assert "did you mean cpu?" in ended.error
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "eval", "generate"])
+def test_a_damaged_artefact_is_named_by_every_command(
+    call: Call, spoilt: Path, command: str
+) -> None:
+    raw = bytearray((spoilt / "model.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (spoilt / "model.safetensors").write_bytes(raw)
+    more = ["--prompt", "w1"] if command == "generate" else []
+    ended = call(command, spoilt, *more)
+    assert ended.code == 2
+    assert "model.safetensors was altered" in ended.error
+    (spoilt / "ssmc.json").unlink()
+    ended = call(command, spoilt, *more)
+    assert ended.code == 2
+
+
+def test_inspect_shows_the_graph(call: Call, tiny_folder: Path, tiny_artefact: Path) -> None:
+    ended = call("inspect", tiny_artefact)
+    assert ended.code == 0
+    assert "ssmc::dequantize" in ended.out
+    assert set(call("inspect", tiny_artefact, "--json").json["nodes"].values()) == set(
+        ended.out.splitlines()
+    )
+    model = call("inspect", tiny_folder)
+    assert "ssmc::selective_scan" in model.out
+    assert "quantize" not in model.out
+
+
+def test_inspect_one_layer(call: Call, tiny_artefact: Path) -> None:
+    whole = call("inspect", tiny_artefact).out.splitlines()
+    one = call("inspect", tiny_artefact, "--layer", 1).out.splitlines()
+    assert one
+    assert all(line.startswith("%backbone_layers_1_") for line in one if "getitem" not in line)
+    assert len(one) < len(whole) / 2
+    for more in ([], ["--params"], ["--numerics"]):
+        ended = call("inspect", tiny_artefact, "--layer", 3, *more)
+        assert ended.code == 2
+        assert "has no layer 3\n  its layers: 0 to 2" in ended.error
+
+
+@pytest.mark.parametrize("view", ["--diff", "--params", "--numerics"])
+@pytest.mark.parametrize("more", [[], ["--layer", "0"]])
+def test_inspect_views_of_an_artefact(
+    call: Call, tiny_artefact: Path, view: str, more: list[str]
+) -> None:
+    ended = call("inspect", tiny_artefact, view, *more)
+    assert ended.code == 0
+    if view != "--diff":
+        legible(ended)
+    assert ended.err == ""
+    call("inspect", tiny_artefact, view, *more, "--json").json.pop("target")
+
+
+def test_inspect_numerics_has_the_worst_block_first(call: Call, tiny_artefact: Path) -> None:
+    lines = legible(call("inspect", tiny_artefact, "--numerics"))
+    assert lines[1].split()[:2] == ["block", "output"]
+    outputs = [float(line.split()[1]) for line in lines[2:]]
+    assert outputs == sorted(outputs)
+    assert len(outputs) == 3
+    blocks = call("inspect", tiny_artefact, "--numerics", "--json").json["blocks"]
+    assert [b["output"] for b in blocks] == pytest.approx(outputs, abs=0.051)
+    (one,) = call("inspect", tiny_artefact, "--numerics", "--layer", 1, "--json").json["blocks"]
+    assert one["block"] == 1
+
+
+def test_inspect_params_are_those_of_the_tensors(call: Call, tiny_artefact: Path) -> None:
+    stats = call("inspect", tiny_artefact, "--params", "--json").json["params"]
+    params = ssmc.load(tiny_artefact).graph.params()
+    assert stats.keys() == params.keys()
+    for name, tensor in params.items():
+        assert stats[name]["shape"] == list(tensor.shape)
+        assert stats[name]["absmax"] == tensor.double().abs().max().item()
+
+
+def test_inspect_diff_of_a_pass(call: Call, tiny_artefact: Path) -> None:
+    ended = call("inspect", tiny_artefact, "--diff", "--after", "hadamard")
+    assert ended.out.startswith("hadamard   3 matched, 0 skipped")
+    added = [line for line in ended.out.splitlines() if line.startswith("+ ")]
+    assert sum("ssmc::hadamard(" in line for line in added) == 3
+    (record,) = call("inspect", tiny_artefact, "--diff", "--after", "hadamard", "--json").json[
+        "passes"
+    ]
+    assert record["name"] == "hadamard"
+
+
+def test_inspect_a_model_after_a_pass(call: Call, tiny_folder: Path) -> None:
+    before = call("inspect", tiny_folder, "--samples", 1).out
+    assert "ssmc::hadamard" not in before
+    text = ["--samples", 1]
+    after = call("inspect", tiny_folder, "--after", "hadamard", *text).out
+    assert "ssmc::hadamard" in after
+    assert "quantize" not in after
+    numerics = legible(call("inspect", tiny_folder, "--numerics", *text))
+    assert len(numerics) == 2 + 3
+    ended = call("inspect", tiny_folder, "--diff", "--after", "fold-norm", *text)
+    assert ended.out.startswith("fold-norm   ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--after", "hadamrd"], "did you mean hadamard?"),
+        (["--after", "smooth"], "was made without pass 'smooth'"),
+        (["--after", "hadamard"], "holds the graph after its last pass, quantise"),
+        (["--after", "hadamard", "--params"], "holds the graph after its last pass, quantise"),
+        (["--diff", "--numerics"], "are different views"),
+        (["--layer", "-1"], "'--layer'"),
+    ],
+)
+def test_inspect_refuses(
+    call: Call, tiny_artefact: Path, arguments: list[str], message: str
+) -> None:
+    ended = call("inspect", tiny_artefact, *arguments)
+    assert ended.code == 2
+    assert message in ended.error
+    assert ended.error.count("\n") == 1

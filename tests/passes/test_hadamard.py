@@ -1,0 +1,194 @@
+"""Rotations: exact, folded into the right weights, and good for something."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core.tiny import KINDS, WIDTH, apply, context, error, graph, logits, toy_context
+from torch import Tensor, nn
+
+from ssmc import ops
+from ssmc.core import Graph
+from ssmc.core.dialect import operands
+from ssmc.errors import PassError, UsageError
+from ssmc.frontend import trace
+from ssmc.quant.rotation import hadamard_matrix
+
+from .quantised import input_error
+
+INNER = 2 * WIDTH
+
+
+def _rotation(block: int, width: int) -> Tensor:
+    """The orthogonal matrix of a block-diagonal rotation, [width, width]."""
+    h = hadamard_matrix(block) / block**0.5
+    return torch.block_diag(*[h] * (width // block))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("option", "block"), [("", INNER), ("{block=16}", 16), ("{block=20}", 20)])
+def test_scan_output(kind: str, option: str, block: int) -> None:
+    g = graph(kind)
+    expected, params = logits(g), g.params()
+    record = apply(g, f"hadamard{option}")["hadamard"]
+    calls = g.calls("ssmc::hadamard")
+    assert [n.args[1] for n in calls] == [block, block]
+    for i, call in enumerate(calls):
+        name = f"backbone.layers.{i}.mixer.out_proj"
+        (reader,) = call.users
+        assert reader.meta["owner"] == name
+        # y W' is (H y) (W H')' for the orthogonal H
+        turned = params[f"{name}.weight"] @ _rotation(block, INNER).T
+        assert error(g.params()[f"{name}.weight"], turned) < 1e-6
+    assert set(record.diff.params) == {f"backbone.layers.{i}.mixer.out_proj.weight" for i in (0, 1)}
+    assert (len(record.matched), record.skipped) == (2, [])
+    assert error(logits(g), expected) < 2e-6
+    assert record.error is not None
+    assert record.error < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        *((n, f"no Hadamard matrix of order {n} is known") for n in (0, -4, 3, 92)),
+        *((n, f"block of {n} does not divide a width of 80") for n in (12, 32, 160)),
+    ],
+)
+def test_impossible_block(block: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        apply(graph("mamba"), f"hadamard{{block={block}}}")
+    assert caught.value.exit_code == 2
+    assert caught.value.hint or block <= 0
+
+
+def test_width_without_a_full_order_is_rotated_in_blocks() -> None:
+    g = graph("mamba", width=46)  # 92 = 4 * 23, and no construction gives 92
+    expected = logits(g)
+    apply(g, "hadamard{residual=true}")
+    assert {n.args[1] for n in g.calls("ssmc::hadamard")} == {4}
+    assert error(logits(g), expected) < 2e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("passes", ["hadamard{residual=true}", "fold-norm,hadamard{residual=true}"])
+def test_residual_stream(kind: str, passes: str) -> None:
+    g = graph(kind)
+    expected, params = logits(g), g.params()
+    record = apply(g, passes)["hadamard"]
+    after, h = g.params(), _rotation(WIDTH, WIDTH)
+    embedding = params["backbone.embeddings.weight"]
+    head = params.get("lm_head.weight", embedding) * params["backbone.norm_f.weight"]
+    assert error(after["backbone.embeddings.weight"], embedding @ h.T) < 1e-6
+    assert error(after["lm_head.weight"], head @ h.T) < 1e-6
+    for i in range(2):
+        layer = f"backbone.layers.{i}"
+        gamma = params[f"{layer}.norm.weight"]
+        in_proj = params[f"{layer}.mixer.in_proj.weight"] * gamma
+        assert error(after[f"{layer}.mixer.in_proj.weight"], in_proj @ h.T) < 1e-6
+        out_proj = h @ params[f"{layer}.mixer.out_proj.weight"] @ _rotation(INNER, INNER).T
+        assert error(after[f"{layer}.mixer.out_proj.weight"], out_proj) < 1e-6
+    assert all(operands(n)["weight"] is None for n in g.calls("ssmc::rms_norm"))
+    assert error(logits(g), expected) < 3e-6
+    assert record.error is not None
+    assert record.error < 1e-5
+    assert len(record.notes) == (kind == "mamba")
+
+
+def test_residual_stream_with_biases() -> None:
+    g = graph("mamba", use_bias=True)
+    expected = logits(g)
+    before = g.params()["backbone.layers.1.mixer.out_proj.bias"]
+    apply(g, "hadamard{residual=true}")
+    after = g.params()["backbone.layers.1.mixer.out_proj.bias"]
+    assert error(after, _rotation(WIDTH, WIDTH) @ before) < 1e-6
+    assert error(logits(g), expected) < 3e-6
+
+
+def test_tied_weights_are_untied_for_the_residual_stream_only() -> None:
+    plain, rotated = graph("mamba"), graph("mamba")
+    apply(plain, "hadamard")
+    apply(rotated, "hadamard{residual=true}")
+    assert "lm_head.weight" not in plain.params()
+    assert "lm_head.weight" in rotated.params()
+
+
+class Scan(nn.Module):
+    """A scan whose output reaches what `reader(self, y)` does with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(-torch.rand(6, 3))
+        self.select, self.out = nn.Linear(6, 3), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B = self.select(x)
+        y, _ = ops.selective_scan(x, x, self.A, B, B)
+        return self.read(y)
+
+    def read(self, y: Tensor) -> Tensor:
+        return torch.tanh(y)
+
+
+class Computed(Scan):
+    def read(self, y: Tensor) -> Tensor:
+        return ops.linear(y, self.out.weight * 2.0)
+
+
+class Tied(Scan):
+    def read(self, y: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.out(y)))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Scan, "its output reaches no linear layer"),
+        (Computed, "its weight is computed"),
+        (Tied, "its weight is tied: out.weight"),
+    ],
+)
+def test_what_cannot_be_rotated_is_skipped(module: type[nn.Module], reason: str) -> None:
+    g = trace(module(), torch.zeros(2, 5, 6))
+    record = apply(g, "hadamard", toy_context())["hadamard"]
+    assert record.matched == []
+    assert record.skipped[0]["reason"].startswith(reason)
+    assert not g.calls("ssmc::hadamard")
+
+
+def test_residual_stream_that_cannot_be_rotated_is_named() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(128, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embedding(ids)
+            return self.out(ops.rms_norm(x, None)) * torch.sigmoid(x)
+
+    g = trace(Gated(), torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(PassError, match=r"hadamard: sigmoid reads the residual stream") as caught:
+        apply(g, "hadamard{residual=true}")
+    assert "leave residual=true out" in str(caught.value.hint)
+
+
+def _scale_column(g: Graph, weight: str, column: int, by: float) -> None:
+    node = next(n for n in g.nodes if n.target == weight)
+    value = g.param(node).clone()
+    value[..., column] *= by
+    g.set_param(node, value)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "free"])
+def test_rotation_tames_an_outlier_of_the_scan_output(granularity: str) -> None:
+    local, whole = {}, {}
+    for passes in ("", "hadamard,"):
+        g = graph("mamba")
+        for i in range(2):
+            _scale_column(g, f"backbone.layers.{i}.mixer.D", 5, 100.0)
+            _scale_column(g, f"backbone.layers.{i}.mixer.out_proj.weight", 5, 1 / 100)
+        records = apply(g, f"{passes}quantise{{granularity={granularity}}}", context())
+        out_proj = g.node("backbone_layers_0_mixer_out_proj")
+        local[passes] = input_error(g, out_proj)
+        whole[passes] = records["quantise"].error or 0
+    assert local["hadamard,"] < local[""] / 3, local
+    assert whole["hadamard,"] < whole[""] / 1.2, whole
