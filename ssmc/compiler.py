@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ssmc.core import Context, Graph, Pass, Record, run_passes
+from ssmc.core.graph import LENGTH
 from ssmc.core.numerics import block_numerics
 from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import relative_error, signal_to_noise
@@ -161,10 +162,15 @@ def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledMode
     """Run the recipe's plan over a source and lower the result."""
     plan = recipe.plan()
     context = make_context(source, recipe, hooks)
-    split = next((i for i, p in enumerate(plan) if p.stage == "quantise"), len(plan))
-    report = _run(source.graph, plan[:split], context, hooks)
-    reference = source.graph.copy()
-    report.records += _run(source.graph, plan[split:], context, hooks).records
+    before_quantise: list[Graph] = []
+
+    def on_start(p: Pass) -> None:
+        hooks.on_start(p)
+        if p.stage == "quantise" and not before_quantise:
+            before_quantise.append(source.graph.copy())
+
+    report = run_passes(source.graph, plan, context, on_start, hooks.on_pass, hooks.crash_folder)
+    reference = before_quantise[0] if before_quantise else source.graph
     artefact = Artefact(
         source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
     )
@@ -178,16 +184,14 @@ def make_context(source: Source, recipe: Recipe, hooks: Hooks) -> Context:
     """The calibration batches, and the start of two of its sequences as the probe."""
     probe = None
     if source.calibration:
-        probe = tuple(_cut(x) for x in source.calibration[0])
+        inputs = [source.graph.node(name) for name in source.graph.inputs]
+        probe = tuple(map(_cut, source.calibration[0], inputs))
     return Context(source.calibration, probe, recipe.seed, hooks.progress)
 
 
-def _cut(x: torch.Tensor) -> torch.Tensor:
-    return (x[:2, :PROBE_LENGTH] if x.dim() > 1 else x[:2]).contiguous()
-
-
-def _run(g: Graph, plan: Sequence[Pass], context: Context, hooks: Hooks) -> Report:
-    return run_passes(g, plan, context, hooks.on_start, hooks.on_pass, hooks.crash_folder)
+def _cut(x: torch.Tensor, node: fx.Node) -> torch.Tensor:
+    lengthy = LENGTH in node.meta["val"].shape[1:2]
+    return (x[:2, :PROBE_LENGTH] if lengthy else x[:2]).contiguous()
 
 
 def _about(source: Source, recipe: Recipe, plan: Sequence[Pass]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import networkx as nx
 
@@ -15,9 +15,10 @@ def make_plan(given: Sequence[Pass]) -> list[Pass]:
     """`given` in its order, with every pass it needs added where it belongs.
 
     Raises UsageError where the given order contradicts stages or dependencies, where a pass
-    is named twice, or where dependencies go in a circle.
+    is named twice, two stand in for the same one, or where dependencies go in a circle.
     """
     _reject_twice(given)
+    _reject_rivals(given)
     passes = _completed(given)
     order = _dependencies(passes)
     _reject_circles(order)
@@ -57,6 +58,14 @@ def _reject_twice(given: Sequence[Pass]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"pass '{name}' is named twice", hint="name it once, with its options")
+
+
+def _reject_rivals(given: Sequence[Pass]) -> None:
+    for a, b in combinations(given, 2):
+        if {a.name, *a.provides} & {b.name, *b.provides}:
+            raise UsageError(
+                f"{a.name} and {b.name} stand in for one another", hint="name one of them"
+            )
 
 
 def _reject_circles(order: nx.DiGraph) -> None:

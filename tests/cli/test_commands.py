@@ -126,7 +126,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "ssmc", "--version"]
-    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}  # so that the write comes with the last flush
+    ended = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, check=False
+    )
     os.close(writer)
     assert ended.returncode == 1
     assert ended.stderr == ""

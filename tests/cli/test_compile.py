@@ -165,6 +165,7 @@ def test_output_folders_that_will_not_do(call: Call, spoilt: Path) -> None:
         ended = call("compile", "demo", "-o", spoilt.parent / name)
         assert ended.code == 2
         assert message in ended.error
+        assert "loading" not in ended.err, "said before the work, not after it"
 
 
 def test_nan_in_the_weights_is_named(call: Call, tiny_folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ def _plan(text: str) -> list[str]:
         ("hadamard", ["ssm-sites", "linears", "hadamard"]),
         ("fold-norm,hadamard", ["ssm-sites", "linears", "fold-norm", "hadamard"]),
         ("percentile", ["ssm-sites", "linears", "percentile"]),
-        ("absmax,percentile", ["ssm-sites", "linears", "absmax", "percentile"]),
         ("quantise", ["ssm-sites", "linears", "fold-norm", "fold-a-log", "absmax", "quantise"]),
     ],
 )
@@ -38,6 +37,12 @@ def test_needs_are_added_in_order_of_stages(text: str, expected: list[str]) -> N
 def test_percentile_stands_in_for_absmax_and_hadamard_comes_after_fold_norm() -> None:
     expected = ["ssm-sites", "linears", "fold-norm", "hadamard", "fold-a-log", "percentile"]
     assert _plan("hadamard,percentile,quantise") == [*expected, "quantise"]
+
+
+def test_two_passes_that_stand_in_for_one_another_are_refused() -> None:
+    for text in ("absmax,percentile", "percentile{p=0.999},hadamard,absmax"):
+        with pytest.raises(UsageError, match="absmax and percentile|percentile and absmax"):
+            _plan(text)
 
 
 def test_given_passes_keep_their_options() -> None:
@@ -107,7 +112,7 @@ def test_order_through_a_pass_that_was_added() -> None:
     assert caught.value.hint == "write --passes first,last"
 
 
-BUILT_IN = ["absmax", "fold-a-log", "fold-norm", "hadamard", "linears", "percentile", "quantise"]
+BUILT_IN = ["fold-a-log", "fold-norm", "hadamard", "linears", "percentile", "quantise"]
 
 
 @given(st.permutations([*BUILT_IN, "smooth", "ssm-sites"]), st.integers(0, 9))

@@ -122,8 +122,8 @@ def test_an_operator_outside_the_dialect_is_refused(spoilt: Path, target: str) -
     assert str(spoilt / GRAPH) in str(caught.value)
 
 
-# What torch.fx would make of it: `def forward(self, x): pass`, then this, then another forward.
-CODE = "x): pass\n__import__('pathlib').Path('executed').mkdir()\ndef forward(self"
+# As the last of the inputs, a default value that torch.fx would write into the code that it runs.
+CODE = "x=__import__('pathlib').Path('executed').mkdir()"
 
 
 @pytest.mark.parametrize("name", ["input_ids", "l0_conv", "l2_ssm", "lm_head"])
