@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+import ssmc
 from ssmc.core import Context, Graph, Pass, Record, run_passes
 from ssmc.core.graph import LENGTH
 from ssmc.core.numerics import block_numerics
@@ -196,7 +196,7 @@ def _cut(x: torch.Tensor, node: fx.Node) -> torch.Tensor:
 
 def _about(source: Source, recipe: Recipe, plan: Sequence[Pass]) -> dict[str, Any]:
     resolved = recipe.model_copy(update={"passes": [{p.name: p.options()} for p in plan]})
-    tools = {name: importlib.metadata.version(name) for name in ("ssmc", "torch")}
+    tools = {"ssmc": ssmc.__version__, "torch": str(torch.__version__)}
     return {**source.about, "tools": tools, "recipe": resolved.model_dump()}
 
 

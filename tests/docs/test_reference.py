@@ -29,7 +29,7 @@ def sections(page: Path) -> dict[str, str]:
 
 
 def section(page: Path, beginning: str) -> str:
-    """The section of a page whose heading begins so."""
+    """The first section of a page whose heading begins so."""
     return next(text for title, text in sections(page).items() if title.startswith(beginning))
 
 
