@@ -34,6 +34,8 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P,
         # triples the cost of the calls after it.
         LIBRARY.define(name + _schema(reference), tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        # Gradients are those of the torch operators that the reference consists of.
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"ssmc::{name}", fake, lib=LIBRARY)
         return _wrapper(reference, getattr(torch.ops.ssmc, name).default)
 
