@@ -79,12 +79,21 @@ def main(
         recipe = make_recipe(
             calibration=str(calibration) if calibration else None, samples=samples, length=length
         )
+        recipes = planned(recipe, wanted)
         source = read_source(model, recipe)
         scored = scored_windows(source, text or evaluation_file(), length, windows)
-        show(list(table(source, recipe, scored, wanted)), markdown)
+        show(list(table(source, recipes, scored)), markdown)
     except SsmcError as error:
         print(f"error: {error}", error.hint or "", sep="\n  ", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
+
+
+def planned(recipe: Recipe, wanted: Sequence[str]) -> dict[str, Recipe]:
+    """The recipe with each of the passes wanted; UsageError where one cannot be planned."""
+    recipes = {passes: recipe.model_copy(update={"passes": passes}) for passes in wanted}
+    for asked in recipes.values():
+        asked.plan()
+    return recipes
 
 
 def scored_windows(source: Source, text: Path, length: int, limit: int) -> torch.Tensor:
@@ -95,19 +104,14 @@ def scored_windows(source: Source, text: Path, length: int, limit: int) -> torch
     return token_windows(tokenizer, read_texts(text), source.about["eos"], length)[:limit]
 
 
-def table(
-    source: Source, recipe: Recipe, windows: torch.Tensor, wanted: Sequence[str]
-) -> Iterator[Row]:
-    """The float32 model's row, then one for each of the passes wanted."""
-    recipes = [recipe.model_copy(update={"passes": passes}) for passes in wanted]
-    for asked in recipes:
-        asked.plan()  # what cannot be planned is said before the first minute has gone by
+def table(source: Source, recipes: dict[str, Recipe], windows: torch.Tensor) -> Iterator[Row]:
+    """The float32 model's row, then one for each recipe."""
     original = source.about["source"]["float_bytes"]
     baseline = perplexity(source.graph, windows).perplexity
     yield Row("float32", baseline, 0.0, original / 1e6, 1.0)
-    for passes, asked in zip(wanted, recipes, strict=True):
+    for passes, recipe in recipes.items():
         print(f"... {passes}", file=sys.stderr)
-        compiled = compile_source(replace(source, graph=source.graph.copy()), asked, Hooks())
+        compiled = compile_source(replace(source, graph=source.graph.copy()), recipe, Hooks())
         found, size = perplexity(compiled, windows).perplexity, tensor_bytes(compiled)
         yield Row(passes, found, 100 * (found / baseline - 1), size / 1e6, size / original)
 

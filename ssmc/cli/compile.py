@@ -136,7 +136,8 @@ class _Screen:
         about, text = source.about["source"], source.about["calibration"]
         named = _named(recipe)
         names = [p.name if p.name in named else f"+{p.name}" for p in self.plan]
-        plan = " ".join(names) + ("   (+ added)" if len(named) < len(names) else "")
+        legend = "   (+\xa0added)" if len(named) < len(names) else ""
+        plan = " ".join(names) + legend
         size = output.megabytes(about["float_bytes"])
         output.say(f"model        {about['name']} ({about['kind']}), {size} at 16 bit")
         output.say(
@@ -144,7 +145,7 @@ class _Screen:
         )
         lines = textwrap.wrap(plan, output.WIDTH - 13, break_on_hyphens=False)
         indented = ("\n" + 13 * " ").join(lines)
-        output.say(f"plan         {indented}\n")
+        output.say(f"plan         {indented}\n".replace("\xa0", " "))
 
     def hooks(self) -> Any:
         """What the compiler calls."""

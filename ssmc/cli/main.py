@@ -18,6 +18,9 @@ from ssmc.errors import SsmcError
 
 INTERRUPTED = 130
 
+# Read when torch loads: on a busy machine, threads that spin as they wait steal others' time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     name="ssmc",
     help="Make state-space language models small and fast after training.",

@@ -20,21 +20,36 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List the passes, those of installed packages too, or show one in full."""
-    from ssmc.core import find_pass, known_passes
+    from ssmc.core import find_pass
     from ssmc.core.passes import STAGES
 
     _check_stage(stage, STAGES)
-    names = [name] if name else known_passes()
-    rows = [describe(find_pass(n)) for n in names]
+    rows, broken = ([describe(find_pass(name))], {}) if name else _all()
     rows = sorted(
         (r for r in rows if stage in (None, r["stage"])), key=lambda r: STAGES.index(r["stage"])
     )
     if as_json:
-        output.say_json({"passes": rows})
+        output.say_json({"passes": rows, "broken": broken})
     elif name:
         _say_one(rows[0])
     else:
         _say_all(rows)
+    for message in broken.values():
+        output.note(f"warning: {message}")
+
+
+def _all() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Every pass as data, and what is wrong with those of other packages that do not load."""
+    from ssmc.core import find_pass, known_passes
+    from ssmc.errors import UsageError
+
+    rows, broken = [], {}
+    for name in known_passes():
+        try:
+            rows.append(describe(find_pass(name)))
+        except UsageError as error:
+            broken[name] = str(error)
+    return rows, broken
 
 
 def _check_stage(stage: str | None, stages: tuple[str, ...]) -> None:
@@ -59,7 +74,7 @@ def describe(cls: type[Pass]) -> dict[str, Any]:
         "after": list(cls.after),
         "exact_to": cls.exact_to,
         "options": {
-            f.name: {"type": str(f.type), "default": f.default}
+            f.name: {"type": getattr(f.type, "__name__", f.type), "default": f.default}
             for f in dataclasses.fields(cls)  # type: ignore[arg-type]
         },
         "from": origin(cls.name),

@@ -31,7 +31,8 @@ class Target:
 
         if self.tokenizer is None or self.eos is None:
             raise UsageError(
-                f"{self.name} has no tokenizer", hint="put tokenizer.json into its folder"
+                f"{self.name} has no tokenizer",
+                hint="put tokenizer.json into the folder of the model (and compile it again)",
             )
         return self.tokenizer, self.eos
 

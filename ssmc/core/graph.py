@@ -56,7 +56,10 @@ class Graph:
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`; KeyError where there is none."""
-        return next(n for n in self.nodes if n.name == name)
+        found = next((n for n in self.nodes if n.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     @property
     def result(self) -> Any:

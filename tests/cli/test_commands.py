@@ -49,6 +49,22 @@ def test_passes_refuses(call: Call, arguments: list[str], message: str) -> None:
     assert message in ended.error
 
 
+def test_a_plugin_that_does_not_load_hides_no_other(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "faulty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ssmc.passes]\nfaulty = no_such_module:Faulty\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ended = call("passes")
+    assert ended.code == 0
+    assert "hadamard" in ended.out
+    assert "warning: pass 'faulty' of faulty 1.0 cannot be loaded" in ended.err
+    assert call("passes", "--json").json["broken"].keys() == {"faulty"}
+    assert call("passes", "faulty").code == 2
+
+
 def test_doctor(call: Call) -> None:
     lines = legible(call("doctor"))
     assert any(line.startswith("torch ") and version("torch") in line for line in lines)
