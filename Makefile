@@ -15,6 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_MODEL ?= demo
 DEMO_PASSES ?= hadamard,percentile
 DEMO_OUT ?= build/demo
+DEMO_WINDOWS ?= 64
 
 # pip resolves by the pins, also in the isolated environment in which it builds the package: for
 # that one it reads the first name or the second, by its version.
@@ -46,8 +47,8 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 
 demo: $(VENV)/.installed
 	$(BIN)/ssmc compile $(DEMO_MODEL) --passes $(DEMO_PASSES) -o $(DEMO_OUT) --force
-	$(BIN)/ssmc eval $(DEMO_MODEL)
-	$(BIN)/ssmc eval $(DEMO_OUT)
+	$(BIN)/ssmc eval $(DEMO_MODEL) --limit $(DEMO_WINDOWS)
+	$(BIN)/ssmc eval $(DEMO_OUT) --limit $(DEMO_WINDOWS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
