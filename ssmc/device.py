@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ssmc.errors import DeviceError, UsageError, did_you_mean
+from ssmc.errors import DeviceError, UsageError, choices
 
 NAMES = ("auto", "cpu", "cuda")
 
@@ -16,8 +16,7 @@ def find_device(name: str) -> torch.device:
     """
     kind, _, index = name.partition(":")
     if kind not in NAMES or (index and not index.isdigit()):
-        hint = did_you_mean(name, NAMES) or f"there are {', '.join(NAMES)}"
-        raise UsageError(f"unknown device '{name}'", hint=hint)
+        raise UsageError(f"unknown device '{name}'", hint=choices(name, NAMES))
     if kind == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():

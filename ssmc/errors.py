@@ -57,3 +57,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the known names closest to `name`, or None where nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else None
+
+
+def choices(name: str, known: Iterable[str]) -> str:
+    """A hint for a name outside a short list: the closest ones, or the whole list."""
+    known = list(known)
+    return did_you_mean(name, known) or f"there are {', '.join(known)}"

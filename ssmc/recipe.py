@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,17 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ssmc.core.options import parse_passes
 from ssmc.core.passes import Pass
 from ssmc.core.plan import make_plan
-from ssmc.errors import UsageError, did_you_mean
+from ssmc.errors import UsageError, choices, did_you_mean
 
 SCHEMES: dict[str, str | None] = {"w8a8": "quantise", "none": None}
 
 
 Backend = Literal["auto", "reference", "cpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-
-def _list(names: Iterable[str]) -> str:
-    return f"there are {', '.join(names)}"
 
 
 class Recipe(BaseModel):
@@ -47,7 +42,7 @@ class Recipe(BaseModel):
         if self.scheme not in SCHEMES:
             raise UsageError(
                 f"unknown scheme '{self.scheme}'",
-                hint=did_you_mean(self.scheme, SCHEMES) or _list(SCHEMES),
+                hint=choices(self.scheme, SCHEMES),
             )
         added = SCHEMES[self.scheme]
         if added and not any(p.stage == "quantise" for p in passes):
@@ -91,7 +86,7 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
         hint = None
         if first["type"] == "extra_forbidden":
             problem = "unknown field"
-            hint = did_you_mean(key, Recipe.model_fields) or _list(Recipe.model_fields)
+            hint = choices(key, Recipe.model_fields)
         elif first["type"] == "literal_error":
             hint = did_you_mean(str(data[key]), BACKENDS)
         elif key == "passes":

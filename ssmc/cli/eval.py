@@ -53,10 +53,10 @@ def run(
 
 
 def _check(option: str, value: str, known: tuple[str, ...]) -> None:
-    from ssmc.errors import UsageError, did_you_mean
+    from ssmc.errors import UsageError, choices
 
     if value not in known:
         raise UsageError(
             f"--{option} {value} is unknown",
-            hint=did_you_mean(value, known) or f"there are {', '.join(known)}",
+            hint=choices(value, known),
         )

@@ -53,12 +53,12 @@ def _all() -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 def _check_stage(stage: str | None, stages: tuple[str, ...]) -> None:
-    from ssmc.errors import UsageError, did_you_mean
+    from ssmc.errors import UsageError, choices
 
     if stage is not None and stage not in stages:
         raise UsageError(
             f"unknown stage '{stage}'",
-            hint=did_you_mean(stage, stages) or f"there are {', '.join(stages)}",
+            hint=choices(stage, stages),
         )
 
 

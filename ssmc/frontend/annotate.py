@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssmc.core import Context, Graph, is_call
+from ssmc.core.dialect import operands
 from ssmc.passes.linears import Linears
 from ssmc.passes.ssm_sites import Site, SsmSites
 
@@ -30,6 +31,6 @@ def _name_values(site: Site) -> None:
     for name, node in site.values().items():
         if is_call(node, "getitem", "unflatten"):
             node._rename(f"{owner}_{name}".lstrip("_"))
-    for low in site.dt_proj.all_input_nodes[:1] if site.dt_proj is not None else []:
-        if is_call(low, "getitem"):
-            low._rename(f"{owner}_dt_low".lstrip("_"))
+    low = operands(site.dt_proj)["x"] if site.dt_proj is not None else None
+    if low is not None and is_call(low, "getitem"):
+        low._rename(f"{owner}_dt_low".lstrip("_"))

@@ -8,7 +8,7 @@ from torch import fx
 
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import target_name
-from ssmc.errors import UsageError, did_you_mean
+from ssmc.errors import UsageError, choices
 from ssmc.lowering.backends import BACKENDS, Backend
 from ssmc.lowering.patterns import HEAVY, RULES
 
@@ -31,7 +31,7 @@ def lower(g: Graph, backend: str = "cpu") -> Lowered:
     if backend not in BACKENDS:
         raise UsageError(
             f"unknown backend '{backend}'",
-            hint=did_you_mean(backend, BACKENDS) or f"there are {', '.join(BACKENDS)}",
+            hint=choices(backend, BACKENDS),
         )
     twin = g.copy()
     lowered = Lowered(twin, BACKENDS[backend], twin.matched, twin.skipped)
