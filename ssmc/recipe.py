@@ -13,7 +13,12 @@ from ssmc.core.passes import Pass
 from ssmc.core.plan import make_plan
 from ssmc.errors import UsageError, choices, did_you_mean
 
-SCHEMES: dict[str, str | None] = {"w8a8": "quantise", "none": None}
+SCHEMES: dict[str, str | None] = {
+    "w8a8": "quantise",
+    "w4a8": "quantise{weights=4}",
+    "w4a16": "quantise{weights=4,activations=16}",
+    "none": None,
+}
 
 
 Backend = Literal["auto", "reference", "cpu"]
@@ -45,7 +50,7 @@ class Recipe(BaseModel):
                 hint=choices(self.scheme, SCHEMES),
             )
         added = SCHEMES[self.scheme]
-        if added and not any(p.stage == "quantise" for p in passes):
+        if added and not any(p.stage == "quantise" and not p.beside_scheme for p in passes):
             passes += parse_passes(added)
         return make_plan(passes)
 

@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+# Kernels run in Triton's interpreter where there is no GPU; it has to be said before they load.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 FindPath = Callable[[str], Path]

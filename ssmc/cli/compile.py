@@ -31,7 +31,7 @@ def run(
         str | None,
         typer.Option(help="Passes, in order: hadamard{block=128},percentile{p=0.99999}."),
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="w8a8 (default) or none.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="w8a8 (default), w4a8, w4a16 or none.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file; options here go over it.")
     ] = None,

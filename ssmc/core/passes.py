@@ -47,7 +47,8 @@ class Pass(ABC):
     results that must be there (a pass provides its own name and what `provides` lists): those
     missing are added to the plan. A pass that changes the graph invalidates every analysis but
     those in `preserves`. `exact_to` is the relative error of the logits it may add in float32
-    (None for passes that quantise: they are reported, not limited).
+    (None for passes that quantise: they are reported, not limited). A recipe adds its scheme where
+    no pass of the quantise stage is named, those apart that stand `beside_scheme`.
 
     Write `rules`, or override `run`.
     """
@@ -59,6 +60,7 @@ class Pass(ABC):
     provides: ClassVar[tuple[str, ...]] = ()
     preserves: ClassVar[tuple[str, ...]] = ()
     exact_to: ClassVar[float | None] = 0.0
+    beside_scheme: ClassVar[bool] = False
     rules: ClassVar[tuple[tuple[Pattern, str], ...]] = ()
 
     def run(self, g: Graph, context: Context) -> None:

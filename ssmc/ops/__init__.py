@@ -5,6 +5,14 @@ Each is `torch.ops.ssmc.<name>` with a reference in plain torch, a fake kernel a
 """
 
 from ssmc.ops.conv import causal_conv1d
+from ssmc.ops.fused_conv import int8_causal_conv1d_quantize, int8_causal_conv1d_split
+from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize, int8_linear_split
+from ssmc.ops.fused_norm import (
+    add_rms_norm_quantize,
+    gated_norm_quantize,
+    hadamard_quantize,
+    rms_norm_quantize,
+)
 from ssmc.ops.hadamard import hadamard
 from ssmc.ops.int8 import (
     int8_causal_conv1d,
@@ -15,25 +23,49 @@ from ssmc.ops.int8 import (
 )
 from ssmc.ops.linear import embedding, linear
 from ssmc.ops.norm import rms_norm, rms_norm_gated
-from ssmc.ops.quantize import dequantize, quantize, quantize_dynamic
+from ssmc.ops.quantize import dequantize, dequantize_groups, quantize, quantize_dynamic
 from ssmc.ops.selective_scan import selective_scan
 from ssmc.ops.ssd_scan import ssd_scan
+from ssmc.ops.steps import (
+    gated_norm_linear_step,
+    hadamard_linear_step,
+    in_proj_conv_step,
+    norm_linear_step,
+    selective_scan_step,
+    ssd_scan_step,
+)
 
 __all__ = [
+    "add_rms_norm_quantize",
     "causal_conv1d",
     "dequantize",
+    "dequantize_groups",
     "embedding",
+    "gated_norm_linear_step",
+    "gated_norm_quantize",
     "hadamard",
+    "hadamard_linear_step",
+    "hadamard_quantize",
+    "in_proj_conv_step",
     "int8_causal_conv1d",
+    "int8_causal_conv1d_quantize",
+    "int8_causal_conv1d_split",
     "int8_embedding",
     "int8_linear",
+    "int8_linear_add",
+    "int8_linear_quantize",
+    "int8_linear_split",
     "int8_selective_scan",
     "int8_ssd_scan",
     "linear",
+    "norm_linear_step",
     "quantize",
     "quantize_dynamic",
     "rms_norm",
     "rms_norm_gated",
+    "rms_norm_quantize",
     "selective_scan",
+    "selective_scan_step",
     "ssd_scan",
+    "ssd_scan_step",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from ssmc.ops.linear import check_linear, linear_fake
 from ssmc.ops.registry import operator
 from ssmc.ops.selective_scan import scan_fake, selective_scan
 from ssmc.ops.ssd_scan import ssd_fake, ssd_scan
-from ssmc.quant.formats import dequantize_tensor
+from ssmc.quant.formats import dequantize_groups_tensor, dequantize_tensor
 
 
 def _rescale(accumulator: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,10 +28,23 @@ def _rescale(accumulator: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor
     return y if bias is None else y + bias
 
 
+def weight_of(w_q: Tensor, w_scale: Tensor) -> Tensor:
+    """The weight [N, K] in float32: of int8 w_q [N, K], or of packed groups of 4 bits.
+
+    Packed is uint8 [N, K / 2] (`ssmc.quant.formats.pack_int4`) with w_scale [N, K / group].
+    """
+    packed = w_q.dtype == torch.uint8
+    return dequantize_groups_tensor(w_q, w_scale) if packed else dequantize_tensor(w_q, w_scale)
+
+
 def _linear_fake(
     x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    return linear_fake("int8_linear", x_q, w_q, bias)
+    return linear_fake("int8_linear", x_q, _unpacked_shape(w_q), bias)
+
+
+def _unpacked_shape(w_q: Tensor) -> Tensor:
+    return w_q if w_q.dtype != torch.uint8 else w_q.repeat_interleave(2, 1)
 
 
 @operator(_linear_fake)
@@ -39,9 +53,13 @@ def int8_linear(
 ) -> Tensor:
     """`linear` of int8 x_q [..., K] and w_q [N, K]; returns float32 [..., N].
 
-    x_scale [] or [..., 1], w_scale [] or [N, 1], bias [N] float32.
+    x_scale [] or [..., 1], w_scale [] or [N, 1], bias [N] float32. Or w_q of packed groups of 4
+    bits, uint8 [N, K / 2] with w_scale [N, K / group].
     """
-    check_linear("int8_linear", x_q, w_q, bias)
+    check_linear("int8_linear", x_q, _unpacked_shape(w_q), bias)
+    if w_q.dtype == torch.uint8:
+        y = (x_q.double() @ weight_of(w_q, w_scale).double().T * x_scale.double()).float()
+        return y if bias is None else y + bias
     # float64 holds any sum of int8 products exactly, and unlike int32 has a fast product.
     return _rescale(x_q.double() @ w_q.double().T, x_scale, w_scale, bias)
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from ssmc.ops.registry import operator
-from ssmc.quant.formats import dequantize_tensor, quantize_tensor, scale_for
+from ssmc.quant.formats import (
+    dequantize_groups_tensor,
+    dequantize_tensor,
+    quantize_tensor,
+    scale_for,
+)
 
 
 @operator(lambda x, scale, bits=8: torch.empty_like(x, dtype=torch.int8))
@@ -30,3 +35,16 @@ def quantize_dynamic(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """Return q * scale in float32; exact, because a scale has 8 significant bits."""
     return dequantize_tensor(q, scale)
+
+
+def _groups_fake(packed: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty((packed.shape[0], 2 * packed.shape[1]))
+
+
+@operator(_groups_fake)
+def dequantize_groups(packed: Tensor, scale: Tensor) -> Tensor:
+    """The weight [N, K] float32 of 4-bit integers packed in groups (`pack_int4`); exact.
+
+    packed uint8 [N, K / 2], scale [N, K / group].
+    """
+    return dequantize_groups_tensor(packed, scale)

@@ -42,6 +42,11 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P,
     return declare
 
 
+def composite(reference: Callable[P, R]) -> Callable[P, R]:
+    """Register a composition of operators, which have fakes of their own, as one operator."""
+    return operator(reference)(reference)
+
+
 def _schema(reference: Callable[..., Any]) -> str:
     # The schema language cannot spell infinity; for a float32 the largest one is as good a bound.
     schema = torch.library.infer_schema(reference, mutates_args=())

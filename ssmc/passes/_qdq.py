@@ -10,7 +10,7 @@ from torch import fx
 from ssmc.core import Graph
 from ssmc.errors import PassError
 from ssmc.passes._calibration import channels
-from ssmc.quant.formats import Granularity, quantize_weight, scale_for
+from ssmc.quant.formats import Granularity, quantize_groups, quantize_weight, scale_for
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,22 @@ class Quantiser:
         with self.g.before(user):
             twin = self.g.call("ssmc::dequantize", q, s, like=user, suffix="weight")
         self.weights[weight, folded] = twin
+        return twin
+
+    def weight_int4(self, user: fx.Node, weight: fx.Node, group: int) -> fx.Node:
+        """A weight [N, K] through 4 bits in groups of input channels, in front of `user`."""
+        packed, scale = quantize_groups(self.g.param(weight), group)
+        q = self.g.new_param(f"{weight.target}_int4", packed)
+        s = self.g.new_param(f"{weight.target}_scale", scale)
+        with self.g.before(user):
+            return self.g.call("ssmc::dequantize_groups", q, s, like=user, suffix="weight")
+
+    def bfloat16(self, value: fx.Node) -> fx.Node:
+        """`value` rounded to bfloat16, in float32."""
+        with self.g.after(value):
+            rounded = self.g.call("to_dtype", value, torch.bfloat16, like=value, suffix="bf16")
+        with self.g.after(rounded):
+            twin = self.g.call("to_dtype", rounded, torch.float32, like=value, suffix="rounded")
         return twin
 
     def _static_scale(self, value: fx.Node) -> torch.Tensor:

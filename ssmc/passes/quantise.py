@@ -1,4 +1,4 @@
-"""Quantise weights and activations to 8 bits."""
+"""Quantise weights to 8 or 4 bits, and activations to 8."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from ssmc.errors import UsageError
 from ssmc.passes._qdq import Quantiser
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import Site
+
+BITS = ((8, 8), (4, 8), (4, 16))
+"""Bits of weights and of activations that go together."""
 
 
 @register
@@ -31,6 +34,11 @@ class Quantise(Pass):
     on another text more often than a whole tensor does. `granularity=tensor` takes one static
     scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4). A, D, dt_bias,
     norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
+
+    `weights=4` rounds the weights of linear layers to 4 bits with a scale for each `group` of input
+    channels; x_proj, dt_proj, embedding and head, small or shared by every token, keep 8 bits.
+    `activations=16` (W4A16) leaves scan and convolution in float and rounds the inputs of those
+    layers to bfloat16 only. Frantar et al. 2023, arXiv 2210.17323, section 5 (groups).
     """
 
     name = "quantise"
@@ -41,10 +49,20 @@ class Quantise(Pass):
     embedding: bool = True
     head: bool = True
     margin: float = 1.3
+    weights: int = 8
+    activations: int = 8
+    group: int = 128
 
     def __post_init__(self) -> None:
         if not self.margin >= 1:
             raise UsageError(f"quantise{{margin={self.margin}}}: margin must be at least 1")
+        if self.group < 2 or self.group % 2:
+            raise UsageError(f"quantise{{group={self.group}}}: group must be even and at least 2")
+        if (self.weights, self.activations) not in BITS:
+            raise UsageError(
+                f"quantise{{weights={self.weights},activations={self.activations}}}: no such pair",
+                hint="weights/activations are 8/8, 4/8 or 4/16",
+            )
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
@@ -52,9 +70,10 @@ class Quantise(Pass):
         quantiser = Quantiser(g, "channel" if free else "tensor", self.margin if free else 1.0)
         for node in g.calls("ssmc::embedding"):
             self._embedding(g, quantiser, node)
-        for site in g.facts["ssm-sites"]:
+        sites = g.facts["ssm-sites"] if self.activations == 8 else []
+        for site in sites:
             self._site(g, quantiser, site)
-        for conv1d in dict.fromkeys(s.conv1d for s in g.facts["ssm-sites"] if s.conv1d):
+        for conv1d in dict.fromkeys(s.conv1d for s in sites if s.conv1d):
             self._conv1d(g, quantiser, conv1d)
         for linear in g.facts["linears"]:
             self._linear(g, quantiser, linear)
@@ -91,6 +110,12 @@ class Quantise(Pass):
         if linear.role == "head" and not self.head:
             g.skip(linear.node, "head=false")
             return
+        if self._to_int4(g, linear):
+            self._linear_int4(g, q, linear)
+            return
+        if self.activations == 16 and linear.role != "head":
+            g.skip(linear.node, "activations=16 and its weight keeps 8 bits")
+            return
         folded = None
         if (
             self.granularity == "free"
@@ -102,6 +127,22 @@ class Quantise(Pass):
             x = self._row(q, linear.input)
         weight = q.weight(linear.node, linear.weight, folded)
         linear.node.args = (x, weight, operands(linear.node)["bias"], True)
+        g.match(linear.node)
+
+    def _to_int4(self, g: Graph, linear: Linear) -> bool:
+        if self.weights == 8 or linear.role in ("x_proj", "dt_proj", "head"):
+            return False
+        width = g.param(linear.weight).shape[1]
+        if width % self.group:
+            g.note(f"{linear.node.name} keeps 8 bits: {width} is no multiple of {self.group}")
+            return False
+        return True
+
+    def _linear_int4(self, g: Graph, q: Quantiser, linear: Linear) -> None:
+        eight = self.activations == 8
+        x = self._row(q, linear.input) if eight else q.bfloat16(linear.input)
+        weight = q.weight_int4(linear.node, linear.weight, self.group)
+        linear.node.args = (x, weight, operands(linear.node)["bias"], eight)
         g.match(linear.node)
 
     def _row(self, q: Quantiser, value: fx.Node) -> fx.Node:

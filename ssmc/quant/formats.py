@@ -71,3 +71,33 @@ def quantize_weight(
         raise UsageError(f"unknown granularity '{granularity}'", hint="'channel' or 'tensor'")
     scale = scale_for(absmax, bits)
     return quantize_tensor(weight, scale, bits), scale
+
+
+def pack_int4(q: Tensor, group: int) -> Tensor:
+    """Integers of 4 bits, q int8 [N, K] in -8..7, as uint8 [N, K / 2]; group even.
+
+    Byte j of a group holds column j in its low four bits and column j + group / 2 in its high ones,
+    each plus 8: so that either half unpacks to columns that follow one another.
+    """
+    low, high = (q.view(len(q), -1, 2, group // 2) + 8).to(torch.uint8).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def unpack_int4(packed: Tensor, group: int) -> Tensor:
+    """The inverse of `pack_int4`: uint8 [N, K / 2] to int8 [N, K]."""
+    halves = packed.view(len(packed), -1, group // 2)
+    return (torch.stack([halves & 15, halves >> 4], 2).to(torch.int8) - 8).flatten(1)
+
+
+def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round weight [N, K] to 4 bits: (packed uint8 [N, K / 2], scale [N, K / group])."""
+    runs = weight.unflatten(1, (-1, group))
+    scale = scale_for(runs.abs().amax(2), bits=4)
+    return pack_int4(quantize_tensor(runs, scale.unsqueeze(2), bits=4).flatten(1), group), scale
+
+
+def dequantize_groups_tensor(packed: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `quantize_groups` up to its rounding: float32 [N, K], exact."""
+    group = 2 * packed.shape[1] // scale.shape[1]
+    q = unpack_int4(packed, group).unflatten(1, (-1, group))
+    return dequantize_tensor(q, scale.unsqueeze(2)).flatten(1)

@@ -265,3 +265,45 @@ def test_dequantised_weights_are_near_the_originals() -> None:
     )
     largest = weight.abs().amax(1, keepdim=True)
     assert ((dequantize_tensor(q, scale) - weight).abs() <= largest / 127 * 0.51).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("options", "inputs"), [("", "token"), (",activations=16", "float")])
+def test_weights_of_4_bits(kind: str, options: str, inputs: str) -> None:
+    g = _quantised(kind, f"{{weights=4,group=8{options}}}")
+    wide = {"in_proj", "out_proj"}
+    for n in g.calls("ssmc::linear"):
+        packed = is_call(n.args[1], "ssmc::dequantize_groups")
+        assert packed == (n.meta["role"] in wide)
+        if packed:
+            q, scale = n.args[1].args  # type: ignore[union-attr]
+            rows, columns = g.param(scale).shape  # type: ignore[arg-type]
+            assert g.param(q).dtype == torch.uint8  # type: ignore[arg-type]
+            assert g.param(q).shape == (rows, columns * 8 // 2)  # type: ignore[arg-type]
+            assert form(g, n.args[0]) == inputs
+    assert bool(g.calls("ssmc::quantize")) == (inputs == "token")
+    assert bool(g.calls("to_dtype")) == (inputs == "float")
+
+
+def test_4_bits_cost_more_than_8() -> None:
+    plain = graph("mamba")
+    apply(plain, "fold-norm,fold-a-log")
+
+    def loss(options: str) -> float:
+        return error(logits(_quantised("mamba", options, "percentile,")), logits(plain))
+
+    assert loss("") < loss("{weights=4,group=8}") < 0.3
+
+
+def test_a_width_that_does_not_fall_into_groups_keeps_8_bits() -> None:
+    g = graph("mamba")
+    records = apply(g, f"percentile,quantise{{weights=4,group={2 * WIDTH}}}")
+    assert any("keeps 8 bits" in note for note in records["quantise"].notes)
+
+
+@pytest.mark.parametrize(
+    "options", ["weights=5", "activations=16", "activations=7", "weights=4,group=3", "group=0"]
+)
+def test_bits_and_groups_that_do_not_exist(options: str) -> None:
+    with pytest.raises(UsageError, match=r"quantise\{"):
+        _quantised("mamba", f"{{{options}}}")

@@ -9,11 +9,15 @@ from ssmc.errors import UsageError
 from ssmc.quant.formats import (
     SMALLEST_SCALE,
     bf16_up,
+    dequantize_groups_tensor,
     dequantize_tensor,
+    pack_int4,
     qmax,
+    quantize_groups,
     quantize_tensor,
     quantize_weight,
     scale_for,
+    unpack_int4,
 )
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
@@ -103,3 +107,23 @@ def test_wrong_options() -> None:
         qmax(9)
     with pytest.raises(UsageError, match="granularity 'row'"):
         quantize_weight(torch.ones(2, 2), "row")  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 5), st.sampled_from([2, 4, 16]), st.integers(1, 4))
+def test_four_bits_come_back_from_their_bytes(rows: int, group: int, groups: int) -> None:
+    q = torch.randint(-8, 8, (rows, group * groups), dtype=torch.int8)
+    packed = pack_int4(q, group)
+    assert packed.shape == (rows, group * groups // 2)
+    assert torch.equal(unpack_int4(packed, group), q)
+    assert torch.equal(packed[:, 0] & 15, (q[:, 0] + 8).to(torch.uint8))
+    assert torch.equal(packed[:, 0] >> 4, (q[:, group // 2] + 8).to(torch.uint8))
+
+
+def test_groups_have_scales_of_their_own() -> None:
+    weight = torch.randn(3, 32)
+    weight[:, 8:16] *= 100  # an outlier group costs the others nothing
+    packed, scale = quantize_groups(weight, 8)
+    assert scale.shape == (3, 4)
+    error = (dequantize_groups_tensor(packed, scale) - weight).abs().unflatten(1, (4, 8))
+    assert (error <= 0.51 * scale.unsqueeze(2)).all()
+    assert torch.equal(scale, scale_for(weight.unflatten(1, (4, 8)).abs().amax(2), bits=4))

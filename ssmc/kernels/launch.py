@@ -1,0 +1,50 @@
+"""How kernels are launched: on a GPU chained without gaps, on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+@functools.cache
+def can_chain(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it has ended (compute capability 9)."""
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any
+) -> None:
+    """Run `kernel` over `grid`, chained to the kernel in front where the device can.
+
+    The kernel takes `CHAIN: tl.constexpr` and calls `await_inputs(CHAIN)` before it touches
+    anything an earlier kernel wrote. Multiplications and additions stay apart (no contraction), so
+    that they round as in the reference; a kernel that wants a fused one calls `tl.fma`.
+    """
+    if 0 in grid:
+        return
+    chained = can_chain(device)
+    options = {} if INTERPRETED else {"launch_pdl": chained, "enable_fp_fusion": False}
+    if INTERPRETED:
+        meta = {k: v for k, v in meta.items() if k not in ("num_warps", "num_stages", "maxnreg")}
+    kernel[grid](*args, **meta, CHAIN=chained, **options)
+
+
+@triton.jit
+def await_inputs(CHAIN: tl.constexpr):
+    """Wait for the kernel in front, then let the next one begin to load what is constant."""
+    if CHAIN:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C]; a view, since rows of one distance to the next are required."""
+    return x if x.dim() == 2 else x.flatten(0, -2)

@@ -1,0 +1,153 @@
+"""What decoding runs for one position: each operator is all that one kernel does.
+
+All take tensors of length 1 and sequences of any number. As defined here they leave the states they
+are given alone and return new ones; a kernel may write the new state over the old.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize
+from ssmc.ops.fused_norm import gated_norm_quantize, hadamard_quantize, rms_norm_quantize
+from ssmc.ops.int8 import int8_causal_conv1d, int8_linear, int8_selective_scan, int8_ssd_scan
+from ssmc.ops.quantize import quantize, quantize_dynamic
+from ssmc.ops.registry import composite
+
+
+@composite
+def norm_linear_step(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """`rms_norm_quantize`, then `int8_linear`: x [B, 1, D] to float32 [B, 1, N]."""
+    return int8_linear(*rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias)
+
+
+@composite
+def in_proj_conv_step(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    conv_start: int,
+    conv_w_q: Tensor,
+    conv_w_scale: Tensor,
+    conv_bias: Tensor | None,
+    state_q: Tensor,
+    activation: str,
+    u_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norm, in_proj and one step of the convolution of the channels from `conv_start` on.
+
+    x [B, 1, D]; w_q [N, D]; out_scale [N] static; conv_w_q [C, K]; state_q int8 [B, K-1, C]. The
+    first channels of the convolution, as many as u_scale has, are rounded to int8. Returns (in_proj
+    rounded, int8 [B, 1, N]; u_q int8 [B, 1, U]; the other channels of the convolution float32
+    [B, 1, C-U]; new state).
+    """
+    q = int8_linear_quantize(*rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias, out_scale)
+    part = slice(conv_start, conv_start + conv_w_q.shape[0])
+    y, new_state = int8_causal_conv1d(
+        q[..., part], out_scale[part], conv_w_q, conv_w_scale, conv_bias, state_q, activation
+    )
+    width = u_scale.numel()
+    u_q = quantize(y[..., :width].contiguous(), u_scale.reshape(-1))
+    return q, u_q, y[..., width:].contiguous(), new_state
+
+
+@composite
+def selective_scan_step(
+    x_proj: Tensor,
+    dt_w_q: Tensor,
+    dt_w_scale: Tensor,
+    dt_proj_bias: Tensor | None,
+    dt_scale: Tensor,
+    u_q: Tensor,
+    u_scale: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    z_q: Tensor | None,
+    z_scale: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """dt_proj, then one step of `int8_selective_scan`; x_proj float32 [B, 1, R + 2 N].
+
+    Its segments, the low-rank dt, B and C in this order, are each quantised with a scale a token;
+    dt_w_q [D, R]; dt_scale [D] or [] is the static scale of dt. Returns (y float32 [B, 1, D], new
+    state [B, D, N]).
+    """
+    rank = A.shape[1]
+    low, B, C = x_proj.split([dt_w_q.shape[1], rank, rank], -1)
+    dt_q = int8_linear_quantize(*quantize_dynamic(low), dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
+    operands = (u_q, u_scale, dt_q, dt_scale, A, *quantize_dynamic(B), *quantize_dynamic(C))
+    return int8_selective_scan(*operands, D, z_q, z_scale, dt_bias, state, softplus)
+
+
+@composite
+def ssd_scan_step(
+    x_q: Tensor,
+    x_scale: Tensor,
+    dt_q: Tensor,
+    dt_scale: Tensor,
+    A: Tensor,
+    BC: Tensor,
+    groups: int,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """One step of `int8_ssd_scan`; BC float32 [B, 1, 2 G N] holds B, then C, not yet quantised.
+
+    x_q int8 [B, 1, H, P], dt_q int8 [B, 1, H]. Returns (y float32 [B, 1, H, P], new state).
+    """
+    B, C = (part.unflatten(-1, (groups, -1)) for part in BC.chunk(2, -1))
+    pairs = (*quantize_dynamic(B), *quantize_dynamic(C))
+    return int8_ssd_scan(x_q, x_scale, dt_q, dt_scale, A, *pairs, D, dt_bias, state, dt_min, dt_max)
+
+
+@composite
+def hadamard_linear_step(
+    x: Tensor,
+    block: int,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """`hadamard_quantize`, then `int8_linear_add`: x [B, 1, D] to float32 [B, 1, N]."""
+    return int8_linear_add(*hadamard_quantize(x, block), w_q, w_scale, bias, residual)
+
+
+@composite
+def gated_norm_linear_step(
+    x: Tensor,
+    gate_q: Tensor,
+    gate_scale: Tensor,
+    weight: Tensor,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    block: int,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+) -> Tensor:
+    """`gated_norm_quantize`, then `int8_linear_add`: x [B, 1, D] to float32 [B, 1, N]."""
+    q, scale = gated_norm_quantize(
+        x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
+    )
+    return int8_linear_add(q, scale, w_q, w_scale, bias, residual)

@@ -1,0 +1,1 @@
+"""Cases for the kernels at the sizes of published models: checked by tests, timed by a tool."""
