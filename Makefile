@@ -1,6 +1,7 @@
 # make demo   compile the embedded model to int8 and compare perplexity before and after
 # make test   everything a change has to pass: lint, types, tests
 # make lint   ruff and mypy alone
+# make test-gpu  the tests of kernels and of whole models on a CUDA device
 # make clean  remove the environment and what was built
 #
 # PYTHON chooses the interpreter (3.11 or 3.12), VENV the environment, PYTEST_ARGS what pytest runs.
@@ -26,7 +27,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-gpu lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -57,6 +58,13 @@ lint: $(VENV)/.installed-dev
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Of kernels and of whole models: what a GPU decides. PYTHON itself runs them, with the torch and
+# the Triton it has, since a machine with a GPU seldom has what constraints.txt pins.
+test-gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "there is no CUDA device" >&2; exit 4; }
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu tests/kernels $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,10 +18,12 @@ from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import relative_error, signal_to_noise
 from ssmc.core.report import Report
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
+from ssmc.device import device_of, find_device, move
 from ssmc.errors import UsageError
 from ssmc.frontend import Model, load_model, trace
+from ssmc.lowering import BACKENDS
 from ssmc.recipe import Recipe, make_recipe
-from ssmc.runtime import Artefact, CompiledModel
+from ssmc.runtime import Artefact, CompiledModel, choose_backend
 
 CALIBRATION_BATCH = 8
 PROBE_LENGTH = 64
@@ -50,7 +52,7 @@ class Source:
 
     def to(self, device: torch.device) -> Source:
         """The same source with its tensors and its calibration batches on `device`."""
-        self.graph.module.to(device)
+        move(self.graph, device)
         self.calibration = [tuple(x.to(device) for x in batch) for batch in self.calibration]
         return self
 
@@ -66,6 +68,7 @@ def compile(
     length: int = 512,
     seed: int = 0,
     backend: str = "auto",
+    device: str | None = None,
     hooks: Hooks | None = None,
 ) -> CompiledModel:
     """Trace `model`, run `passes` over it and lower it.
@@ -73,10 +76,12 @@ def compile(
     `model` is anything `ssmc compile` takes, a Hugging Face causal language model, or any torch
     module that uses `ssmc.ops` (then with `example_inputs`, a tuple of tensors whose first
     dimension is the batch and whose second is the length). `calibration` is a text file for a
-    model with a tokenizer, else tensors of inputs [n, length, ...], or batches of them.
+    model with a tokenizer, else tensors of inputs [n, length, ...], or batches of them. Passes run
+    on `device` (`cpu`, `cuda` or `auto`; by default where the model is); the result stays there.
 
-    Raises UsageError, UnsupportedError, PassError or NumericsError (see ssmc.errors).
+    Raises UsageError, UnsupportedError, PassError, NumericsError or DeviceError (see ssmc.errors).
     """
+    found = find_device(device) if device else None
     named = passes if isinstance(passes, str) else parse_passes(passes)
     recipe = make_recipe(
         passes=named if isinstance(named, str) else [{p.name: p.options()} for p in named],
@@ -88,7 +93,7 @@ def compile(
         backend=backend,
     )
     source = read_source(model, recipe, example_inputs, calibration)
-    return compile_source(source, recipe, hooks or Hooks())
+    return compile_source(source.to(found) if found else source, recipe, hooks or Hooks())
 
 
 def read_source(
@@ -161,6 +166,7 @@ def _given_batches(calibration: Any, example_inputs: Any) -> list[Inputs]:
 def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledModel:
     """Run the recipe's plan over a source and lower the result."""
     plan = recipe.plan()
+    BACKENDS[choose_backend(recipe.backend, device_of(source.graph))].load()  # fails now or never
     context = make_context(source, recipe, hooks)
     before_quantise: list[Graph] = []
 

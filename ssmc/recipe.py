@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from ssmc.core.options import parse_passes
 from ssmc.core.passes import Pass
 from ssmc.core.plan import make_plan
-from ssmc.errors import UsageError, choices, did_you_mean
+from ssmc.errors import UsageError, choices
+from ssmc.lowering import BACKENDS
 
 SCHEMES: dict[str, str | None] = {
     "w8a8": "quantise",
@@ -19,10 +21,6 @@ SCHEMES: dict[str, str | None] = {
     "w4a16": "quantise{weights=4,activations=16}",
     "none": None,
 }
-
-
-Backend = Literal["auto", "reference", "cpu"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 class Recipe(BaseModel):
@@ -39,7 +37,14 @@ class Recipe(BaseModel):
     samples: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    backend: Backend = "auto"
+    backend: str = "auto"
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, name: str) -> str:
+        if name not in ("auto", *BACKENDS):
+            raise PydanticCustomError("unknown_backend", "unknown backend '{name}'", {"name": name})
+        return name
 
     def plan(self) -> list[Pass]:
         """Every pass that will run, in order. UsageError for anything that cannot be planned."""
@@ -92,8 +97,8 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
         if first["type"] == "extra_forbidden":
             problem = "unknown field"
             hint = choices(key, Recipe.model_fields)
-        elif first["type"] == "literal_error":
-            hint = did_you_mean(str(data[key]), BACKENDS)
+        elif first["type"] == "unknown_backend":
+            hint = choices(data[key], ("auto", *BACKENDS))
         elif key == "passes":
             problem = "neither text nor a list of names and of {name: {option: value}}"
         raise UsageError(f"{where}: {key}: {problem}", hint=hint) from None

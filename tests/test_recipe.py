@@ -70,7 +70,8 @@ def test_an_artefact_holds_its_recipe(tiny_artefact: Path) -> None:
         ("passes: 3", "recipe.yaml: passes: neither text nor a list", None),
         ("passes: [1]", "recipe.yaml: passes: neither text nor a list", None),
         ("passes: [{hadamard: 16}]", "recipe.yaml: passes: neither text nor a list", None),
-        ("backend: cpuu", "recipe.yaml: backend: Input should be 'auto'", "did you mean cpu?"),
+        ("backend: cpuu", "recipe.yaml: backend: unknown backend 'cpuu'", "did you mean cpu?"),
+        ("backend: x", "recipe.yaml: backend: unknown backend 'x'", "there are auto, reference"),
         ("- hadamard", "recipe.yaml is not a mapping", "write `passes"),
         ("a: [", "recipe.yaml is not YAML: .*line 1", None),
         (b"\xff\xfe\xfa", "recipe.yaml is not YAML", None),
@@ -102,8 +103,8 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message", "hint"),
     [
-        ({"scheme": "w8a9"}, "unknown scheme 'w8a9'", "did you mean w8a8?"),
-        ({"scheme": "x"}, "unknown scheme 'x'", "there are w8a8, none"),
+        ({"scheme": "w8a9"}, "unknown scheme 'w8a9'", "did you mean w8a8"),
+        ({"scheme": "x"}, "unknown scheme 'x'", "there are w8a8, w4a8, w4a16, none"),
         ({"passes": "hadamrd"}, "unknown pass 'hadamrd'", "did you mean hadamard?"),
         ({"passes": "hadamard{blok=3}"}, "has no option 'blok'", "did you mean block?"),
         ({"passes": "percentile,hadamard"}, "impossible order", "--passes hadamard,percentile"),

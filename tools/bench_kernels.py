@@ -18,8 +18,8 @@ import pkgutil
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from kernel_cases.processes import Failure, run_all
 COMPILERS = 12
 COMPILE_SECONDS, MEASURE_SECONDS = 150.0, 60.0
 FAILED, SKIPPED = "FAILED", "skipped"
-HEADER = ("case", "config", "us", "p10", "p90", "floor", "ratio", "error")
+HEADER = ("case", "config", "us", "p90", "floor", "ratio", "error")
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,10 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The cells under HEADER."""
-        chosen = ",".join(f"{k.removeprefix('num_')}={v}" for k, v in self.config.items())
-        if self.us is None or self.p10_us is None or self.p90_us is None:
+        chosen = " ".join(_short(key, value) for key, value in self.config.items())
+        if self.us is None or self.p90_us is None:
             return (self.case, chosen, self.status, self.problem)
-        times = [
-            f"{t:.1f}" if t >= 100 else f"{t:.2f}" for t in (self.us, self.p10_us, self.p90_us)
-        ]
+        times = [f"{t:.1f}" if t >= 100 else f"{t:.2f}" for t in (self.us, self.p90_us)]
         ratio = f"{self.us / self.floor_us:.2f}"
         return (self.case, chosen, *times, f"{self.floor_us:.2f}", ratio, self.accuracy())
 
@@ -85,16 +83,23 @@ class Row:
         return f"{self.error or 0:.0e}" + (f" f{self.flips:.0e}" if self.flips else "")
 
 
+def _short(key: str, value: Any) -> str:
+    """A launch parameter in few letters; of several in one, those that are not the default."""
+    if not is_dataclass(value):
+        name = key.removeprefix("num_").removeprefix("block_")[:5]
+        return name if value is True else f"{name}{value}"
+    changed = [f.name for f in fields(value) if getattr(value, f.name) != f.default]
+    return " ".join(_short(name, getattr(value, name)) for name in changed)
+
+
 def families() -> list[str]:
-    """The modules that hold cases."""
-    names = (module.name for module in pkgutil.iter_modules(kernel_cases.__path__))
-    return sorted(set(names) - {"case", "check", "measure", "processes"})
+    """The modules that may hold cases."""
+    return sorted(module.name for module in pkgutil.iter_modules(kernel_cases.__path__))
 
 
 def family_cases(family: str) -> tuple[Case, ...]:
-    """The cases of a module."""
-    cases: tuple[Case, ...] = importlib.import_module(f"kernel_cases.{family}").CASES
-    return cases
+    """The cases of a module, none where it only helps others."""
+    return tuple(getattr(importlib.import_module(f"kernel_cases.{family}"), "CASES", ()))
 
 
 def find_tasks(pattern: str, configs: bool, seed: int) -> tuple[list[Task], list[Row]]:
@@ -109,7 +114,7 @@ def find_tasks(pattern: str, configs: bool, seed: int) -> tuple[list[Task], list
             continue
         for i, case in enumerate(cases):
             if fnmatch.fnmatch(f"{family}/{case.name}", f"*{pattern}*"):
-                tried = ({}, *case.configs) if configs else ({},)
+                tried = ({}, *filter(None, case.configs)) if configs else ({},)
                 tasks += [Task(family, i, dict(config), seed) for config in tried]
     return tasks, broken
 
@@ -166,18 +171,18 @@ def _failed(task: Task, problem: str, status: str) -> Row:
 def fastest(rows: Sequence[Row], top: int) -> list[Row]:
     """Of a case the kernel's own choice of parameters, what failed, and the `top` fastest."""
     tried = sorted((r for r in rows if r.config and r.us), key=lambda r: r.us or 0.0)
-    return [r for r in rows if not r.config or r.status == FAILED or r in tried[:top]]
+    return [r for r in rows if not r.config or r.us is None or r in tried[:top]]
 
 
 def line(cells: Sequence[str]) -> str:
     """A line of at most 120 columns."""
-    form = "{:40.40} {:33.33} {:>8} {:>8} {:>8} {:>7} {:>6} {}"
-    return (form if len(cells) == len(HEADER) else "{:40.40} {:33.33} {} {}").format(*cells)[:120]
+    form = "{:36.36} {:38.38} {:>8} {:>8} {:>8} {:>5} {}"
+    return (form if len(cells) == len(HEADER) else "{:36.36} {:38.38} {} {}").format(*cells)[:120]
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
     """The kernels' own choices as the table of docs/performance.md."""
-    head = ["| kernel | µs | p10 | p90 | floor µs | ratio | error |", "| --- " * 7 + "|"]
+    head = ["| kernel | µs | p90 | floor µs | ratio | error |", "| --- " * 6 + "|"]
     return head + [
         "| " + " | ".join((row.case, *row.cells()[2:])) + " |"
         for row in rows
@@ -201,12 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks, broken = find_tasks(options.only, options.configs, options.seed)
     rows: list[Row] = []
     print(line(HEADER))
-    for of_case in ([row] for row in broken), run_tasks(tasks):
-        for found in of_case:
-            rows += found
-            print("\n".join(line(row.cells()) for row in fastest(found, options.top)), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(_record(rows, options.seed), indent=1))
+    for found in chain(([row] for row in broken), run_tasks(tasks)):
+        rows += found
+        print("\n".join(line(row.cells()) for row in fastest(found, options.top)), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(_record(rows, options.seed), indent=1))
     if options.markdown:
         print("\n".join(markdown(rows)))
     return int(any(row.status == FAILED for row in rows))

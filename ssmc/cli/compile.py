@@ -41,7 +41,7 @@ def run(
     samples: Annotated[int | None, typer.Option(help="Calibration windows (64).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window (512).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw of windows (0).")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, reference or cpu.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, reference, cpu or triton.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where passes run.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the artefact in OUT.")] = False,

@@ -24,6 +24,10 @@ def run(
         str, typer.Option(help="Of an artefact: lowered, or simulated in float.")
     ] = "lowered",
     batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Of an artefact: auto, reference, cpu or triton.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Perplexity of a model or an artefact on windows of text that do not overlap."""
@@ -33,7 +37,7 @@ def run(
 
     _check("mode", mode, ("prefill", "recurrent"))
     _check("execution", execution, ("lowered", "simulated"))
-    opened = open_target(target)
+    opened = open_target(target, backend, device)
     if opened.compiled is not None:
         opened.compiled.execution = execution  # type: ignore[assignment]
     windows = opened.windows(text or evaluation_file(), window, limit)

@@ -19,6 +19,10 @@ def run(
     ] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest only.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Of an artefact: auto, reference, cpu or triton.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Continue a prompt."""
@@ -29,9 +33,10 @@ def run(
     from ssmc.runtime.generate import Sampling, generate
 
     sampling = Sampling(temperature, top_k, seed)
-    opened = open_target(target)
+    opened = open_target(target, backend, device)
     tokenizer, eos = opened.encoder()
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids], dtype=torch.int64)
+    encoded = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = torch.tensor([encoded], dtype=torch.int64, device=opened.device)
     if ids.shape[1] == 0:
         raise UsageError("the prompt is empty", hint="give --prompt TEXT")
     start = time.perf_counter()

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ssmc import __version__
+from ssmc.cli import bench, doctor, generate, inspect, passes, verify
 from ssmc.cli import compile as compile_command
-from ssmc.cli import doctor, generate, inspect, passes, verify
 from ssmc.cli import eval as eval_command
 from ssmc.cli.output import fail
 from ssmc.errors import SsmcError
@@ -33,6 +33,7 @@ app.command("inspect")(inspect.run)
 app.command("eval")(eval_command.run)
 app.command("generate")(generate.run)
 app.command("verify")(verify.run)
+app.command("bench")(bench.run)
 app.command("doctor")(doctor.run)
 
 

@@ -23,6 +23,7 @@ class Target:
     run: Any
     tokenizer: Tokenizer | None
     eos: int | None
+    device: torch.device
     compiled: CompiledModel | None = None
 
     def encoder(self) -> tuple[Tokenizer, int]:
@@ -37,28 +38,34 @@ class Target:
         return self.tokenizer, self.eos
 
     def windows(self, text: Path, length: int, limit: int | None) -> torch.Tensor:
-        """Windows of tokens [n, length] of a text file."""
+        """Windows of tokens [n, length] of a text file, on the device of what runs."""
         from ssmc.corpus import read_texts, token_windows
 
         tokenizer, eos = self.encoder()
-        return token_windows(tokenizer, read_texts(text), eos, length, str(text))[:limit]
+        windows = token_windows(tokenizer, read_texts(text), eos, length, str(text))[:limit]
+        return windows.to(self.device)
 
 
-def open_target(name: str, backend: str = "auto") -> Target:
-    """The model or artefact called `name`."""
+def open_target(name: str, backend: str = "auto", device: str = "auto") -> Target:
+    """The model or artefact called `name`, on a device; `backend` is what an artefact runs on."""
     from ssmc.runtime import is_artefact, load
     from ssmc.runtime.artefact import GRAPH
 
     if (Path(name) / GRAPH).is_file() or is_artefact(name):
-        compiled = load(name, backend)
-        return Target(name, compiled, compiled.tokenizer, compiled.eos, compiled)
-    return open_model(name)
+        compiled = load(name, backend, device)
+        run_on = compiled.device
+        return Target(name, compiled, compiled.tokenizer, compiled.eos, run_on, compiled)
+    return open_model(name, device)
 
 
-def open_model(name: str) -> Target:
-    """The float model called `name`, traced."""
+def open_model(name: str, device: str = "auto") -> Target:
+    """The float model called `name`, traced, on a device."""
+    from ssmc.device import find_device, move
     from ssmc.frontend import load_model, trace
 
+    found = find_device(device)
     note(f"loading {name}")
     model = load_model(name)
-    return Target(name, trace(model.module), model.tokenizer, model.eos_token_id)
+    graph = trace(model.module)
+    move(graph, found)
+    return Target(name, graph, model.tokenizer, model.eos_token_id, found)

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 def run(
     artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.")],
-    backend: Annotated[str, typer.Option(help="auto, reference or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
     length: Annotated[int, typer.Option(min=1, help="Tokens of the text compared on.")] = 128,
     text: Annotated[Path | None, typer.Option(help="Text (default: the embedded).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Compare the lowered artefact with its simulation, operator by operator.
 
-    Integers must be equal bit for bit. Ends with exit code 1 where an operator differs.
+    Integers must be equal bit for bit, as far as a kernel states no tolerance. Ends with exit code
+    1 where an operator differs.
     """
     from ssmc.cli.target import open_target
     from ssmc.demo import evaluation_file
@@ -35,7 +37,7 @@ def run(
         raise UsageError(
             f"{artefact} is no artefact", hint="give the folder that ssmc compile wrote"
         )
-    opened = open_target(str(artefact), backend)
+    opened = open_target(str(artefact), backend, device)
     assert opened.compiled is not None
     windows = opened.windows(text or evaluation_file(), max(length, 2), 2)[:, :length]
     found = verify(opened.compiled, windows)
@@ -52,7 +54,8 @@ def run(
         first = different[0]
         raise VerifyError(
             f"{first.node} ({first.operator}) differs: {first.differing} of {first.values} "
-            f"integers, relative error {first.error:.1e} (tolerance {first.tolerance:.0e})",
+            f"integers by up to {first.largest}, relative error {first.error:.1e} "
+            f"(tolerance {first.tolerance:.0e})",
             hint=f"{len(different)} of {len(found)} calls differ; this one is the first",
         )
 

@@ -2,8 +2,9 @@
 
     op.linear(op.rms_norm("x", "gamma"), "weight")
 
-A string captures what stands there, a nested pattern matches the call that produces it, None,
-numbers and truth values match themselves, and operands left out match anything.
+A string captures what stands there, a nested pattern matches the call that produces it (and
+captures it under its `label`), None, numbers and truth values match themselves, and operands left
+out match anything.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from ssmc.core.graph import is_call
 
 @dataclass(frozen=True)
 class Pattern:
-    """A call of operator `name` with these operands; optionally of one role, or used once."""
+    """A call of operator `name` with these operands; optionally of one role, or used once.
+
+    `label` is the name under which the call itself is captured.
+    """
 
     name: str
     args: tuple[Any, ...] = ()
     role: str | None = None
     sole_user: bool = False
+    label: str | None = None
 
     def match(self, node: Any) -> Match | None:
         """The captures where `node` has this shape, else None."""
@@ -38,6 +43,8 @@ class Pattern:
         if self.role is not None and node.meta.get("role") != self.role:
             return False
         if self.sole_user and len(node.users) != 1:
+            return False
+        if self.label is not None and captures.setdefault(self.label, node) is not node:
             return False
         values = dialect.operands(node).values()
         pairs = zip(self.args, values, strict=False)
@@ -70,8 +77,13 @@ class _Operators:
     def __getattr__(self, name: str) -> Callable[..., Pattern]:
         full = name if name in dialect.FUNCTIONS else f"ssmc::{name}"
 
-        def build(*args: Any, role: str | None = None, sole_user: bool = False) -> Pattern:
-            return Pattern(full, args, role, sole_user)
+        def build(
+            *args: Any,
+            role: str | None = None,
+            sole_user: bool = False,
+            label: str | None = None,
+        ) -> Pattern:
+            return Pattern(full, args, role, sole_user, label)
 
         return build
 

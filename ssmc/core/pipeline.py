@@ -77,6 +77,16 @@ def run_pass(g: Graph, p: Pass, context: Context) -> Record:
     return record
 
 
+def apply_pass(g: Graph, p: Pass, context: Context) -> None:
+    """Run one pass on the analyses it needs, and nothing around it: no parity, no statistics."""
+    _analyse(g, p, context)
+    p.run(g, context)
+    check_graph(g, p.stage)
+    g.finish()
+    if p.stage != "analyse":
+        _invalidate(g, p)
+
+
 def _analyse(g: Graph, p: Pass, context: Context) -> None:
     for need in p.needs:
         cls = find_pass(need)

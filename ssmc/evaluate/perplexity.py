@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from ssmc.core.state import States
 from ssmc.errors import NumericsError
+from ssmc.runtime.generate import Model, lend_decoder
 
 Mode = Literal["prefill", "recurrent"]
-Model = Callable[..., tuple[torch.Tensor, States]]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ def perplexity(
 
     `model(ids, states=...)` gives logits [batch, length, vocabulary] and new states. In
     `recurrent` mode it sees one token at a time and carries the states, as in generation.
-    Raises NumericsError where the loss is not finite.
+    Windows are moved to the device of a compiled model. Raises NumericsError where the loss is not
+    finite.
     """
+    windows = windows.to(getattr(model, "device", windows.device))
     losses = []
     score = _prefill_loss if mode == "prefill" else _recurrent_loss
     for start in range(0, len(windows), batch):
@@ -59,11 +61,10 @@ def _prefill_loss(model: Model, windows: torch.Tensor) -> torch.Tensor:
 
 
 def _recurrent_loss(model: Model, windows: torch.Tensor) -> torch.Tensor:
-    states: States | None = None
     losses = []
-    for t in range(windows.shape[1] - 1):
-        logits, states = model(windows[:, t : t + 1], states=states)
-        losses.append(_token_loss(logits, windows[:, t + 1 : t + 2]))
+    with lend_decoder(model, len(windows)) as decoder:
+        for token, target in pairwise(windows.split(1, 1)):
+            losses.append(_token_loss(decoder.step(token)[:, None], target))
     return torch.cat(losses, 1).mean(1)
 
 

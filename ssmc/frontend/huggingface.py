@@ -104,6 +104,13 @@ def skeleton(config: Any) -> nn.Module:
         ) from error
 
 
+def untrained(config: Any, device: torch.device | str) -> nn.Module:
+    """The causal language model of a configuration on `device`, with weights drawn at random."""
+    with torch.device(device), _quiet():
+        module: nn.Module = library().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return module.eval()
+
+
 def load(skeleton: Any, folder: Path, tensors: dict[str, Tensor] | None = None) -> nn.Module:
     """A skeleton's model in float32 and evaluation mode, from the folder's safetensors.
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def prefetch_rows(matrix, row, count, width, ROWS: tl.constexpr, ENABLED: tl.constexpr):  # noqa: ANN001, ANN201
+def prefetch_rows(matrix, row, count, width, ROWS: tl.constexpr, ENABLED: tl.constexpr):
     """Bring rows row .. row + ROWS of a contiguous byte matrix [count, width] into the L2 cache.
 
     `width` is a multiple of 64 bytes and the matrix aligned to 16. ENABLED says that the device has

@@ -1,27 +1,32 @@
 """From the quantised graph to fused int8 operators: the patterns, as data.
 
 Each pattern is a float operator between dequantised operands; its fused twin takes the integers
-and the scales themselves and gives the same bits.
+and the scales themselves and gives the same bits. (int4_linear, whose activations are floats, sums
+in another order.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import fx
 
 from ssmc.core import Graph, Match
-from ssmc.core.dialect import operands
+from ssmc.core.dialect import known_names, operands
 from ssmc.core.pattern import Pattern, op
-
-Rewrite = Callable[[Graph, Match], fx.Node | None]
+from ssmc.lowering.rewriter import Rules
 
 
 def _linear(g: Graph, m: Match) -> fx.Node:
     args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.bias)
     return g.call("ssmc::int8_linear", *args, like=m.node)
+
+
+def _linear_int4(g: Graph, m: Match) -> fx.Node | None:
+    if "ssmc::int4_linear" not in known_names():
+        return g.skip(m.node, "there is no operator for its weight of 4 bits and floats")
+    return g.call("ssmc::int4_linear", m.x, m.w_q, m.w_scale, m.bias, like=m.node)
 
 
 def _embedding(g: Graph, m: Match) -> fx.Node:
@@ -69,8 +74,13 @@ _CONV1D = op.causal_conv1d(
     _dequantised("x"), _dequantised("w"), "bias", "state", "activation", True
 )
 
-RULES: tuple[tuple[Pattern, Rewrite], ...] = (
+_INT4 = op.dequantize_groups("w_q", "w_scale")
+_BFLOAT16 = op.to_dtype(op.to_dtype("x", torch.bfloat16), torch.float32)
+
+RULES: Rules = (
     (op.linear(_dequantised("x"), _dequantised("w"), "bias", True), _linear),
+    (op.linear(_dequantised("x"), _INT4, "bias", True), _linear),
+    (op.linear(_BFLOAT16, _INT4, "bias", False), _linear_int4),
     (op.embedding("ids", _dequantised("w")), _embedding),
     (_CONV1D, _conv1d),
     (op.selective_scan(*_SCAN, "D", _dequantised("z")), _selective_scan),

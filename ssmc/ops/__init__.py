@@ -14,6 +14,7 @@ from ssmc.ops.fused_norm import (
     rms_norm_quantize,
 )
 from ssmc.ops.hadamard import hadamard
+from ssmc.ops.int4 import int4_linear
 from ssmc.ops.int8 import (
     int8_causal_conv1d,
     int8_embedding,
@@ -47,6 +48,7 @@ __all__ = [
     "hadamard_linear_step",
     "hadamard_quantize",
     "in_proj_conv_step",
+    "int4_linear",
     "int8_causal_conv1d",
     "int8_causal_conv1d_quantize",
     "int8_causal_conv1d_split",

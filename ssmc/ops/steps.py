@@ -1,7 +1,8 @@
 """What decoding runs for one position: each operator is all that one kernel does.
 
 All take tensors of length 1 and sequences of any number. As defined here they leave the states they
-are given alone and return new ones; a kernel may write the new state over the old.
+are given alone and return new ones; a kernel may write the new state over the old. The state of a
+scan may be held in 16 bits: it is widened, and the new one rounded.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ def selective_scan_step(
     state [B, D, N]).
     """
     rank = A.shape[1]
-    low, B, C = x_proj.split([dt_w_q.shape[1], rank, rank], -1)
+    low, B, C = x_proj.split([x_proj.shape[-1] - 2 * rank, rank, rank], -1)
     dt_q = int8_linear_quantize(*quantize_dynamic(low), dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
     operands = (u_q, u_scale, dt_q, dt_scale, A, *quantize_dynamic(B), *quantize_dynamic(C))
-    return int8_selective_scan(*operands, D, z_q, z_scale, dt_bias, state, softplus)
+    y, new = int8_selective_scan(*operands, D, z_q, z_scale, dt_bias, state.float(), softplus)
+    return y, new.to(state.dtype)
 
 
 @composite
@@ -111,7 +113,8 @@ def ssd_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of `int8_ssd_scan`; BC float32 [B, 1, 2 G N] holds B, then C, not yet quantised.
 
-    x_q int8 [B, 1, H, P], dt_q int8 [B, 1, H]. Returns (y float32 [B, 1, H, P], new state).
+    x_q int8 [B, 1, H, P], dt_q int8 [B, 1, H]; state [B, H, P, N]. Returns (y float32 [B, 1, H, P],
+    new state).
     """
     B, C = (part.unflatten(-1, (groups, -1)) for part in BC.chunk(2, -1))
     pairs = (*quantize_dynamic(B), *quantize_dynamic(C))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -12,6 +15,45 @@ from ssmc.core.state import States
 from ssmc.errors import UsageError
 
 Model = Callable[..., tuple[torch.Tensor, States]]
+
+
+class Decoder(Protocol):
+    """Sequences and their states: each call takes ids [batch, length], gives logits behind them."""
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, vocabulary] behind a prompt, valid until the next call."""
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """The same behind one token a sequence."""
+
+
+@runtime_checkable
+class HasSessions(Protocol):
+    """A model that decodes in sessions of its own: a CompiledModel."""
+
+    def lend_session(self, batch: int) -> AbstractContextManager[Decoder]:
+        """A fresh session of `batch` sequences, for as long as the context lasts."""
+
+
+class _Calls:
+    """A model that is only called, `model(ids, states=...)` to logits and states, as a Decoder."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.states: States | None = None
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        logits, self.states = self.model(ids, states=self.states)
+        return logits[:, -1]
+
+    step = prefill
+
+
+def lend_decoder(model: Model | HasSessions, batch: int) -> AbstractContextManager[Decoder]:
+    """Fresh sequences of `model`: a session where it has them, else calls that carry the states."""
+    if isinstance(model, HasSessions):
+        return model.lend_session(batch)
+    return contextlib.nullcontext(_Calls(model))
 
 
 @dataclass(frozen=True)
@@ -45,20 +87,22 @@ class Sampling:
 
 def stream(
     model: Model, ids: torch.Tensor, tokens: int, sampling: Sampling | None = None
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """The next `tokens` tokens of sequences `ids` [batch, length], each [batch, 1] as it comes.
 
-    Raises UsageError for an empty prompt.
+    They are on the model's device. Raises UsageError for an empty prompt.
     """
     if ids.shape[1] == 0:
         raise UsageError("the prompt is empty", hint="give at least one token")
     sampling = sampling or Sampling()
-    generator = torch.Generator(ids.device).manual_seed(sampling.seed)
-    states: States | None = None
-    for _ in range(tokens):
-        logits, states = model(ids, states=states)
-        ids = sampling.choose(logits[:, -1].float(), generator)
-        yield ids
+    with lend_decoder(model, len(ids)) as decoder:
+        logits = decoder.prefill(ids)
+        generator = torch.Generator(logits.device).manual_seed(sampling.seed)
+        for left in reversed(range(tokens)):
+            ids = sampling.choose(logits.float(), generator)
+            yield ids
+            if left:
+                logits = decoder.step(ids)
 
 
 def generate(
@@ -72,12 +116,12 @@ def generate(
 
     Behind its first `eos` a row holds `eos` only.
     """
-    sequences, ended = [ids], torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-    for token in stream(model, ids, tokens, sampling):
-        if eos is not None:
-            token = token.masked_fill(ended, eos)
-            ended |= token == eos
-        sequences.append(token)
-        if ended.all():
-            break
-    return torch.cat(sequences, 1)
+    made: list[torch.Tensor] = []
+    with contextlib.closing(stream(model, ids, tokens, sampling)) as following:
+        for token in following:
+            if eos is not None and made:
+                token = token.masked_fill(made[-1] == eos, eos)
+            made.append(token)
+            if eos is not None and bool((token == eos).all()):
+                break
+    return torch.cat([ids, *(token.to(ids.device) for token in made)], 1)

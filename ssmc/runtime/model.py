@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +14,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ssmc.core import Graph, States
-from ssmc.lowering import Lowered, lower
+from ssmc.device import device_of, find_device, move, running_on
+from ssmc.errors import DeviceError
+from ssmc.lowering import Form, Lowered, lower
 from ssmc.runtime.artefact import TENSORS, Artefact, read_artefact, write_artefact
 from ssmc.runtime.generate import Sampling, generate
+from ssmc.runtime.session import LARGEST_PIECE, Session
 
 Execution = Literal["simulated", "lowered"]
 
@@ -23,15 +30,26 @@ class CompiledModel(nn.Module):
     `graph` is the quantised graph, which simulates; `lowered` the one that runs in integers.
     Calls go to one of them by `execution`. `about` is what `ssmc.json` holds, `report` one record a
     pass; `tokenizer` is None where the model has none.
+
+    The tensors of `artefact` are moved to `device` (None: stay where they are), and all graphs
+    share them. `backend` is a name of ssmc.lowering.BACKENDS, or `auto`: triton on a CUDA device
+    where it is installed, else cpu.
     """
 
-    def __init__(self, artefact: Artefact, backend: str = "auto") -> None:
+    def __init__(
+        self, artefact: Artefact, backend: str = "auto", device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.artefact = artefact
-        self.backend = "cpu" if backend == "auto" else backend
+        if device is not None:
+            move(artefact.graph, find_device(str(device)))
+        self.device = device_of(artefact.graph)
+        self.backend = choose_backend(backend, self.device)
         self.execution: Execution = "lowered"
         self.tokenizer = Tokenizer.from_str(artefact.tokenizer) if artefact.tokenizer else None
         self.lowered: Lowered = lower(artefact.graph, self.backend)
+        self._forms: dict[Form, Lowered] = {}
+        self._idle: dict[tuple[Execution, int], Session] = {}
 
     @property
     def graph(self) -> Graph:
@@ -53,23 +71,69 @@ class CompiledModel(nn.Module):
         """The id of the token that ends a text."""
         return self.about.get("eos")
 
-    def program(self) -> Graph:
-        """The graph that calls run."""
-        return self.lowered.graph if self.execution == "lowered" else self.graph
+    def form(self, form: Form) -> Lowered:
+        """The graph lowered for calls of a form, made when it is first asked for.
+
+        `sequence` gives the logits of every position, `last` those of the last one; `step` takes
+        one token and may overwrite the states it is given.
+        """
+        if form == "sequence":
+            return self.lowered
+        if form not in self._forms:
+            self._forms[form] = lower(self.graph, self.backend, form)
+        return self._forms[form]
 
     def forward(self, *inputs: torch.Tensor, states: States | None = None) -> tuple[Any, States]:
         """The result and the new states; for a language model logits [batch, length, vocabulary].
 
-        States start fresh where none are given. Those of simulated and lowered execution have
-        different dtypes and do not mix.
+        States start fresh where none are given; those given stay as they are. Those of simulated
+        and lowered execution have different dtypes and do not mix. Inputs may be on any device.
         """
-        return self.program()(*inputs, states=states)
+        program = self.lowered.graph if self.execution == "lowered" else self.graph
+        with running_on(self.device):
+            return program(*(x.to(self.device) for x in inputs), states=states)
+
+    def session(self, batch: int = 1, *, prefill_piece: int = LARGEST_PIECE) -> Session:
+        """`batch` fresh sequences that grow token by token, as fast as the backend can.
+
+        Prompts run in pieces of at most `prefill_piece` tokens, a power of two.
+        """
+        lowered = self.execution == "lowered"
+        return Session(
+            (lambda form: self.form(form).graph) if lowered else (lambda form: self.graph),
+            batch,
+            self.device,
+            capture=lowered and self.backend == "triton" and self.device.type == "cuda",
+            prefill_piece=prefill_piece,
+        )
+
+    @contextlib.contextmanager
+    def lend_session(self, batch: int) -> Iterator[Session]:
+        """A fresh session of `batch` sequences, for as long as the context lasts.
+
+        The last one is kept for the next of as many sequences, which has nothing to record anew.
+        """
+        key = (self.execution, batch)
+        kept = self._idle.pop(key, None)
+        self._idle.clear()  # one of another batch makes room before there is a new one
+        session = kept or self.session(batch)
+        session.reset()
+        try:
+            yield session
+        finally:
+            self._idle = {key: session}
 
     def generate(
         self, ids: torch.Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> torch.Tensor:
         """`ids` [batch, length] with up to `max_new_tokens` tokens behind; greedy by default."""
         return generate(self, ids, max_new_tokens, sampling, self.eos)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors of the graphs, simulated and lowered; a shared one counts once."""
+        graphs = [self.graph, self.lowered.graph, *(made.graph for made in self._forms.values())]
+        storages = [t.untyped_storage() for g in graphs for t in g.params().values()]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def size(self, out: str | Path) -> dict[str, Any]:
         """Bytes of the artefact in `out`, and its tensors' share of the 16-bit model's."""
@@ -83,9 +147,28 @@ class CompiledModel(nn.Module):
         return write_artefact(self.artefact, out, force=force)
 
 
-def load(path: str | Path, backend: str = "auto") -> CompiledModel:
-    """The artefact in the folder `path`, checked and lowered for `backend`.
+def load(path: str | Path, backend: str = "auto", device: str = "auto") -> CompiledModel:
+    """The artefact in the folder `path`, checked, put on `device` and lowered for `backend`.
 
-    Raises ArtefactError naming the file that is missing, truncated, altered or too new.
+    Raises ArtefactError naming the file that is missing, truncated, altered or too new, and
+    DeviceError where there is no such device.
     """
-    return CompiledModel(read_artefact(path), backend)
+    found = find_device(device)
+    return CompiledModel(read_artefact(path), backend, found)
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """The name of a backend, which `auto` leaves to the device and to what is installed.
+
+    Raises DeviceError for Triton's kernels on the CPU of a machine that could run them on its GPU.
+    """
+    if name == "auto":
+        installed = importlib.util.find_spec("triton") is not None
+        return "triton" if device.type == "cuda" and installed else "cpu"
+    interpreted = bool(os.environ.get("TRITON_INTERPRET"))
+    if (name, device.type) == ("triton", "cpu") and torch.cuda.is_available() and not interpreted:
+        raise DeviceError(
+            "the triton backend runs on a CUDA device, and the model is on the CPU",
+            hint="use --device cuda, or --backend cpu",
+        )
+    return name

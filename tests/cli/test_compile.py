@@ -101,7 +101,7 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["demo", "--passes", "hadamard{block"], 2, "cannot read the passes at"),
     (["demo", "--passes", "percentile,hadamard"], 2, "impossible order"),
     (["demo", "--passes", "hadamard{block=7}"], 2, "7"),
-    (["demo", "--scheme", "w8a9"], 2, "did you mean w8a8?"),
+    (["demo", "--scheme", "w8a9"], 2, "did you mean w8a8"),
     (["demo", "--backend", "cpuu"], 2, "did you mean cpu?"),
     (["demo", "--device", "cudaa"], 2, "did you mean cuda"),
     (["demo", "--samples", "0"], 2, "samples: Input should be greater than or equal to 1"),

@@ -124,3 +124,43 @@ def test_a_target_without_tokenizer(call: Call, tiny_folder: Path, tmp_path: Pat
         ended = call(*command)
         assert ended.code == 2
         assert "has no tokenizer" in ended.error
+
+
+COMMANDS = [["eval"], ["generate", "--prompt", "w3"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("which", ["model", "artefact"])
+def test_a_device_that_is_missing(
+    call: Call, tiny_folder: Path, tiny_artefact: Path, command: list[str], which: str
+) -> None:
+    target = tiny_folder if which == "model" else tiny_artefact
+    name, *rest = command
+    ended = call(name, target, *rest, "--device", "cuda:97")
+    assert ended.code == 4
+    assert "there is no device cuda:97" in ended.error
+    assert call(name, target, *rest, "--device", "gpu").code == 2
+
+
+def test_backends_say_the_same(call: Call, tiny_folder: Path, tiny_artefact: Path) -> None:
+    score = ("eval", tiny_artefact, "--text", tiny_folder / "text.txt", "--window", 20, "--json")
+    write = ("generate", tiny_artefact, "--prompt", "w3 w5", "--json")
+    for arguments, field in ((score, "perplexity"), (write, "tokens")):
+        on_cpu = (*arguments, "--device", "cpu", "--backend")
+        assert call(*on_cpu, "reference").json[field] == call(*on_cpu, "cpu").json[field]
+        ended = call(*on_cpu, "cpuu")
+        assert ended.code == 2
+        assert "did you mean cpu?" in ended.error
+
+
+def test_every_backend_is_named_in_the_help() -> None:
+    from typer.main import get_command
+
+    from ssmc.cli.main import app
+    from ssmc.lowering import BACKENDS
+
+    commands = get_command(app).commands.values()  # type: ignore[attr-defined]
+    options = [o for c in commands for o in c.params if o.name == "backend"]
+    assert len(options) >= 4
+    for option in options:
+        assert all(name in option.help for name in ("auto", *BACKENDS))

@@ -40,7 +40,7 @@ def test_verify_names_a_broken_kernel(
     ended = call(*arguments)
     assert ended.code == 1
     assert "backbone_layers_0_mixer_conv1d (ssmc::int8_causal_conv1d) differs" in ended.error
-    assert "6 of" in ended.error
+    assert "9 of" in ended.error
     assert call(*arguments, "--backend", "reference").code == 0
     ended = call(*arguments, "--json")
     assert ended.code == 1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ssmc.ops import quantize_dynamic
-from ssmc.quant.formats import quantize_weight
+from ssmc.quant.formats import quantize_groups, quantize_weight
 
 Sample = tuple[object, ...]
 
@@ -45,6 +45,10 @@ def samples() -> list[tuple[str, Sample]]:
         ("dequantize", (_int8(2, 5, 12), scale)),
         *_scans(),
         *_int8_samples(x, weight, bias, taps),
+        *_int4_samples(x, weight, bias),
+        *_fused_samples(x, weight, bias, gamma, scale),
+        *_fused_convolutions(x, taps, gamma),
+        *_steps(x[:, :1], weight, bias, gamma),
     ]
 
 
@@ -83,4 +87,73 @@ def _int8_samples(
         ("int8_selective_scan", (*scan, D, u, one, D, torch.randn(2, 6, 3), False, True)),
         ("int8_ssd_scan", ssd),
         ("int8_ssd_scan", (*ssd, decay, decay, state, 0.1, 1.0, True)),
+    ]
+
+
+def _int4_samples(x: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[str, Sample]]:
+    packed, scale = quantize_groups(weight, 4)
+    return [
+        ("dequantize_groups", (packed, scale)),
+        ("int8_linear", (*quantize_dynamic(x), packed, scale, bias)),
+        ("int8_linear_add", (*quantize_dynamic(x), packed, scale, None, torch.randn(2, 5, 7))),
+        ("norm_linear_step", (x, None, 1e-5, packed, scale, bias)),
+    ]
+
+
+def _fused_samples(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, scale: Tensor
+) -> list[tuple[str, Sample]]:
+    linear = (*quantize_dynamic(x), *quantize_weight(weight), bias)
+    gate = (_int8(2, 5, 12), scale)
+    return [
+        ("rms_norm_quantize", (x,)),
+        ("rms_norm_quantize", (x, gamma, 1e-6)),
+        ("add_rms_norm_quantize", (x, x + 1, gamma)),
+        ("hadamard_quantize", (x, 4)),
+        ("gated_norm_quantize", (x, *gate, gamma)),
+        ("gated_norm_quantize", (x, *gate, gamma, 1e-6, 6, True, 12)),
+        ("int8_linear_add", (*linear, torch.randn(2, 5, 7))),
+        ("int8_linear_quantize", (*linear, torch.rand(7) + 0.1)),
+        ("int8_linear_split", (*linear, [3, 4])),
+    ]
+
+
+def _fused_convolutions(x: Tensor, taps: Tensor, bias: Tensor) -> list[tuple[str, Sample]]:
+    x_q, _ = quantize_dynamic(x)
+    conv = (x_q, bias + 0.1, *quantize_weight(taps), bias, _int8(2, 3, 12), "silu")
+    return [
+        ("int8_causal_conv1d_quantize", (*conv, bias + 0.1)),
+        ("int8_causal_conv1d_quantize", (*conv[:4], None, None, "none", bias + 0.1)),
+        ("int8_causal_conv1d_split", (*conv, torch.rand(2, 2) + 0.1, 2)),
+    ]
+
+
+def _steps(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> list[tuple[str, Sample]]:
+    linear, residual = (*quantize_weight(weight), bias), torch.randn(2, 1, 7)
+    gate = (_int8(2, 1, 12), gamma + 0.1)
+    in_proj = (x, gamma, 1e-5, *linear, torch.rand(7) + 0.1)
+    taps = quantize_weight(torch.randn(5, 4))
+    conv = (2, *taps, bias[:5], _int8(2, 3, 5), "silu")
+    return [
+        ("norm_linear_step", (x, gamma, 1e-5, *linear)),
+        ("hadamard_linear_step", (x, 4, *linear, residual)),
+        ("gated_norm_linear_step", (x, *gate, gamma, 1e-5, 6, False, 4, *linear, residual)),
+        ("in_proj_conv_step", (*in_proj, *conv, torch.rand(5) + 0.1)),
+        ("in_proj_conv_step", (*in_proj, *conv, torch.rand(1, 3) + 0.1)),
+        *_scan_steps(),
+    ]
+
+
+def _scan_steps() -> list[tuple[str, Sample]]:
+    one, D = torch.tensor(0.01), torch.randn(6)
+    dt_proj = (*quantize_weight(torch.randn(6, 2)), None, one)
+    u, A, state = _int8(2, 1, 6), -torch.rand(6, 3), torch.randn(2, 6, 3)
+    scan = (torch.randn(2, 1, 8), *dt_proj, u, one, A)
+    x, dt, decay = _int8(2, 1, 4, 3), _int8(2, 1, 4), -torch.rand(4)
+    ssd = (x, one, dt, one, decay, torch.randn(2, 1, 28), 2)
+    return [
+        ("selective_scan_step", (*scan, D, u, one, D, state, True)),
+        ("selective_scan_step", (*scan, None, None, None, None, state.bfloat16(), False)),
+        ("ssd_scan_step", (*ssd, None, None, torch.randn(2, 4, 3, 7))),
+        ("ssd_scan_step", (*ssd, decay, decay, torch.randn(2, 4, 3, 7), 0.1, 1.0)),
     ]

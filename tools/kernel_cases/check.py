@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernel_cases.case import Case
+from ssmc.bench.poison import poisoned
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,6 @@ def twin(value: Any) -> Any:
     empty = torch.empty(0, dtype=value.dtype, device=value.device)
     storage = value.untyped_storage().clone()
     return empty.set_(storage, value.storage_offset(), value.shape, value.stride())
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Within it new memory is NaN, or the largest integer: what a kernel left out shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def results(value: Any) -> list[Tensor]:

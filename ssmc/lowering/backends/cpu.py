@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmc import ops
 from ssmc.lowering.backends.backend import Backend
 
 EXACT = 1024  # 127 * 127 * 1024 < 2^24, the integers float32 holds without gaps
@@ -19,6 +20,8 @@ def int8_linear(
     x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """As ssmc::int8_linear, bit for bit: x_q [..., K], w_q [N, K] -> float32 [..., N]."""
+    if w_q.dtype == torch.uint8:  # packed, in groups of scales that do not factor out
+        return ops.int8_linear(x_q, x_scale, w_q, w_scale, bias)
     scale = x_scale * w_scale.reshape(-1)  # exact: two bfloat16 factors fit into float32
     if x_q.shape[-1] <= EXACT:
         y = (x_q.float() @ w_q.float().T).mul_(scale)

@@ -1,0 +1,1 @@
+"""Latency and memory of models: time to the first token, per token, to the last token."""

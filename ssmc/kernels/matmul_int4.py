@@ -1,0 +1,317 @@
+"""Products with packed weights of 4 bits: W4A8 (integers within a group), and W4A16 (bfloat16)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.tiles import (
+    Tiling,
+    flat,
+    multiply,
+    processors,
+    row_scale,
+    step,
+    store_result,
+    tile_of,
+    zeros,
+)
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)  # it cannot multiply bfloat16
+_FEW_ROWS = 8  # up to here a matrix product would waste most of its tile
+
+
+def int4_linear(
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """`ssmc.ops.int4_linear` on a GPU."""
+    y = torch.empty((*x.shape[:-1], w_q.shape[0]), dtype=torch.float32, device=x.device)
+    if x.numel() <= _FEW_ROWS * x.shape[-1]:
+        _few_rows(flat(x), w_q, w_scale, bias, y, tiling)
+    else:
+        _product(flat(x), None, w_q, w_scale, bias, None, None, y, tiling)
+    return y
+
+
+def w4a8_product(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    y: Tensor,
+    tiling: Tiling | None = None,
+) -> None:
+    """`int8_linear` of packed w_q, and what follows it, into y [..., N] (contiguous).
+
+    residual [..., N] is added if there is one; with out_scale [N] or [1], y is int8.
+    """
+    extra = None if residual is None else flat(residual)
+    _product(flat(x_q), row_scale(x_scale, x_q), w_q, w_scale, bias, extra, out_scale, y, tiling)
+
+
+def _pieces(w_q: Tensor, w_scale: Tensor, limit: int) -> dict[str, Any]:
+    """Half a group, and the columns of it that are taken at once: a power of two from 32."""
+    half = w_q.shape[1] // w_scale.shape[1]
+    block = max(32, min(limit, triton.next_power_of_2(half)))
+    return {"HALF": half, "BLOCK_H": block, "PIECES": triton.cdiv(half, block)}
+
+
+@functools.cache
+def choose_int4_tiling(m: int, n: int, count: int, element: int) -> Tiling:
+    """The largest tile of the result that still gives each of `count` processors one.
+
+    `element` is the size of one of x in bytes: the pipeline is as deep as fits.
+    """
+    height = max(16, min(128, triton.next_power_of_2(m)))
+    while height > 64 and triton.cdiv(m, height) * triton.cdiv(n, 128) < count:
+        height //= 2
+    tiling = Tiling(height, 128, warps=8 if height > 64 else 4, stages=4 if element == 1 else 2)
+    if triton.cdiv(m, height) * triton.cdiv(n, 128) < count:
+        tiling = replace(tiling, block_n=64)
+    return tiling
+
+
+def _product(
+    x: Tensor,
+    x_scale: Tensor | None,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    y: Tensor,
+    tiling: Tiling | None,
+) -> None:
+    (m, _), n = x.shape, w_q.shape[0]
+    how = tiling or choose_int4_tiling(m, n, processors(x.device), x.element_size())
+    launch(
+        _int4_kernel,
+        (triton.cdiv(m, how.block_m) * triton.cdiv(n, how.block_n),),
+        x,
+        x_scale,
+        w_q.contiguous(),
+        w_scale.contiguous(),
+        bias,
+        residual,
+        out_scale,
+        y,
+        m,
+        n,
+        w_scale.shape[1],
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        **_pieces(w_q, w_scale, 64),
+        BLOCK_M=how.block_m,
+        BLOCK_N=how.block_n,
+        GROUP=how.group,
+        X_STEP=0 if x_scale is None else step(x_scale),
+        OUT_STEP=0 if out_scale is None else step(out_scale),
+        num_warps=how.warps,
+        num_stages=how.stages,
+        device=x.device,
+    )
+
+
+def _few_rows(
+    x: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    tiling: Tiling | None,
+) -> None:
+    height = triton.next_power_of_2(x.shape[0])
+    # As many sums a thread, whatever the number of rows.
+    how = tiling or Tiling(block_n=max(4, 8 // height), block_k=512, warps=4)
+    launch(
+        _int4_few_rows_kernel,
+        (triton.cdiv(w_q.shape[0], how.block_n),),
+        x,
+        w_q.contiguous(),
+        w_scale.contiguous(),
+        bias,
+        y,
+        x.shape[0],
+        w_q.shape[0],
+        w_scale.shape[1],
+        x.stride(0),
+        HALF=w_q.shape[1] // w_scale.shape[1],
+        ROWS=height,
+        BLOCK_N=how.block_n,
+        BLOCK_K=how.block_k,
+        num_warps=how.warps,
+        device=x.device,
+    )
+
+
+@triton.jit
+def unpack(packed):
+    """The columns in the low and in the high four bits of bytes, as int8 from -8 to 7.
+
+    Four bytes at a time: with its top bit set a byte holds q + 8 + 128, so taking 8 away borrows
+    from no neighbour, and turning the top bit over leaves q in two's complement.
+    """
+    if _INTERPRETED:
+        low = (packed & 15).to(tl.int8) - 8
+        high = (packed >> 4).to(tl.int8) - 8
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 part;
+            and.b32 part, $2, 0x0F0F0F0F;
+            or.b32 part, part, 0x80808080;
+            sub.s32 part, part, 0x08080808;
+            xor.b32 $0, part, 0x80808080;
+            shr.u32 part, $2, 4;
+            and.b32 part, part, 0x0F0F0F0F;
+            or.b32 part, part, 0x80808080;
+            sub.s32 part, part, 0x08080808;
+            xor.b32 $1, part, 0x80808080;
+            }
+            """,
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return low, high
+
+
+@triton.jit
+def to_bfloat16(x):
+    """x rounded to bfloat16, half to even; the interpreter's conversion would cut off."""
+    if _INTERPRETED:
+        pattern = x.to(tl.int32, bitcast=True)
+        pattern += 0x7FFF + ((pattern >> 16) & 1)
+        x = (pattern & -65536).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def _int4_kernel(  # noqa: ANN202
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    residual,
+    out_scale,
+    y,
+    M,
+    N,
+    GROUPS,
+    x_stride,
+    residual_stride,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    X_STEP: tl.constexpr,
+    OUT_STEP: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    await_inputs(CHAIN)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_line = x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * x_stride
+    known = tl.minimum(column, N - 1).to(tl.int64)
+    w_line = w + known[:, None] * (GROUPS * HALF)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i in range(GROUPS * PIECES):
+        group = i // PIECES
+        inside = i % PIECES * BLOCK_H + tl.arange(0, BLOCK_H)
+        x_address = x_line + (group * 2 * HALF + inside)[None, :]
+        w_address = w_line + (group * HALF + inside)[None, :]
+        if HALF % BLOCK_H == 0:
+            packed = tl.load(w_address)
+            x_low = tl.load(x_address)
+            x_high = tl.load(x_address + HALF)
+        else:
+            mask = inside[None, :] < HALF
+            packed = tl.load(w_address, mask=mask, other=0)
+            x_low = tl.load(x_address, mask=mask, other=0)
+            x_high = tl.load(x_address + HALF, mask=mask, other=0)
+        low, high = unpack(packed)
+        factor = tl.load(w_scale + known * GROUPS + group)
+        if x_scale is None:
+            part = tl.dot(low.to(_OPERAND), tl.trans(to_bfloat16(x_low).to(_OPERAND)))
+            part = tl.dot(high.to(_OPERAND), tl.trans(to_bfloat16(x_high).to(_OPERAND)), part)
+        else:
+            part = zeros(BLOCK_M, BLOCK_N, tl.int32, True)
+            part = multiply(x_low, low, part, True)
+            part = multiply(x_high, high, part, True)
+        total += part.to(tl.float32) * factor[:, None]
+    value = tl.trans(total)
+    if x_scale is not None:
+        value = value * tl.load(x_scale + row * X_STEP, mask=row < M, other=1.0)[:, None]
+    if bias is not None:
+        value += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+    store_result(value, row, column, M, N, residual, residual_stride, out_scale, y, OUT_STEP)
+
+
+@triton.jit
+def _int4_few_rows_kernel(  # noqa: ANN202
+    x,
+    w,
+    w_scale,
+    bias,
+    y,
+    M,
+    N,
+    GROUPS,
+    x_stride,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = tl.minimum(column, N - 1).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    x_line = x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * x_stride
+    w_line = w + known[:, None] * (GROUPS * HALF)
+    await_inputs(CHAIN)
+    # Kept apart by place in the block until the end: one sum across threads instead of one a block.
+    total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, GROUPS * HALF, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        mask = (place < GROUPS * HALF)[None, :]
+        group = place // HALF
+        packed = tl.load(w_line + place[None, :], mask=mask, other=0)
+        factor = tl.load(w_scale + known[:, None] * GROUPS + group[None, :], mask=mask, other=0.0)
+        address = x_line + (place + group * HALF)[None, :]
+        x_low = to_bfloat16(tl.load(address, mask=mask, other=0.0)).to(tl.float32)
+        x_high = to_bfloat16(tl.load(address + HALF, mask=mask, other=0.0)).to(tl.float32)
+        low, high = unpack(packed)
+        # q * scale has 4 + 8 significant bits: exact.
+        low_weight = low.to(tl.float32) * factor
+        high_weight = high.to(tl.float32) * factor
+        total = tl.fma(x_low[:, None, :], low_weight[None, :, :], total)
+        total = tl.fma(x_high[:, None, :], high_weight[None, :, :], total)
+    value = tl.sum(total, 2)
+    if bias is not None:
+        value += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
+    address = y + row[:, None] * N + column[None, :]
+    tl.store(address, value, mask=(row < M)[:, None] & (column < N)[None, :])

@@ -1,0 +1,283 @@
+"""in_proj of decoding with the step of the convolution that follows it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmc.errors import UsageError
+from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
+from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
+from ssmc.kernels.matvec_tiles import product, quantized
+from ssmc.kernels.pieces import load_pieces, row_view
+from ssmc.ops.conv import ACTIVATIONS
+
+BLOCK_C = 256
+
+
+@triton.jit
+def _load_taps(w, scale, scale_step, bias, x_scale, c, inside, TAPS: tl.constexpr):  # noqa: ANN202
+    """What channels c of the convolution know before: weights, the scale of its sums, bias."""
+    weights = ()
+    for k in tl.static_range(TAPS):
+        weights = weights + (tl.load(w + c * TAPS + k, mask=inside, other=0).to(tl.int32),)
+    scale = tl.load(scale + c * scale_step, mask=inside, other=1.0) * x_scale
+    if bias is None:
+        return weights, scale, 0.0
+    else:
+        return weights, scale, tl.load(bias + c, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_history(state, c, inside, C, TAPS: tl.constexpr):  # noqa: ANN202
+    """The last inputs of channels c, the oldest first."""
+    history = ()
+    for k in tl.static_range(TAPS - 1):
+        history = history + (tl.load(state + k * C + c, mask=inside, other=0),)
+    return history
+
+
+@triton.jit
+def _step(  # noqa: ANN202
+    q,
+    history,
+    taps,
+    state,
+    u_inverse,
+    u_q,
+    y,
+    c,
+    inside,
+    C,
+    U,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """One position of channels c of a sequence: store the result and the history, moved on."""
+    inputs = history + (q,)
+    weights, scale, bias = taps
+    total = inputs[0].to(tl.int32) * weights[0]
+    for k in tl.static_range(1, TAPS):
+        total += inputs[k].to(tl.int32) * weights[k]
+    result = times_scale(total, scale) + bias
+    if SILU:
+        result = silu(result)
+    tl.store(u_q + c, to_int8(result, u_inverse), mask=inside & (c < U))
+    tl.store(y + c - U, result, mask=inside & (c >= U))
+    # Threads that hold copies of a channel have read its history before one of them changes it.
+    tl.debug_barrier()
+    for k in tl.static_range(TAPS - 1):
+        tl.store(state + k * C + c, inputs[k + 1], mask=inside)
+
+
+@triton.jit
+def _in_proj_kernel(  # noqa: ANN202
+    x,
+    x_stride,
+    norm_weight,
+    eps,
+    rows,
+    w,
+    w_scale,
+    w_scale_step,
+    bias,
+    out_scale,
+    out_scale_step,
+    conv_start,
+    conv_w,
+    conv_w_scale,
+    conv_w_scale_step,
+    conv_bias,
+    state,
+    u_scale,
+    q,
+    u_q,
+    y,
+    N,
+    C,
+    U,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    PIECE: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = tl.minimum(n, N - 1)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    b = load_bias(bias, held)
+    norm_weights = load_norm(norm_weight, K, PIECE)
+    q_scale = tl.load(out_scale + held * out_scale_step)
+    q_inverse = inverse_of(q_scale)
+    c = n - conv_start
+    inside = (c >= 0) & (c < C)
+    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, q_scale, c, inside, TAPS)
+    u_inverse = inverse_of(tl.load(u_scale + c, mask=inside & (c < U), other=1.0))
+    await_inputs(CHAIN)
+    for row in range(rows):
+        pieces = load_pieces(x + row * x_stride, K, PIECE)
+        row_state = state + row * ((TAPS - 1) * C)
+        history = _load_history(row_state, c, inside, C, TAPS)
+        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        result = to_int8(product(weight, scales, words, scale, GROUP) + b, q_inverse)
+        tl.store(q + row * N + n, result, mask=n < N)
+        _step(
+            result,
+            history,
+            taps,
+            row_state,
+            u_inverse,
+            u_q + row * U,
+            y + row * (C - U),
+            c,
+            inside,
+            C,
+            U,
+            TAPS,
+            SILU,
+        )
+
+
+@triton.jit
+def _conv_kernel(  # noqa: ANN202
+    q,
+    q_stride,
+    q_scale,
+    q_scale_step,
+    conv_w,
+    conv_w_scale,
+    conv_w_scale_step,
+    conv_bias,
+    state,
+    u_scale,
+    u_q,
+    y,
+    C,
+    U,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = c < C
+    scale = tl.load(q_scale + c * q_scale_step, mask=inside, other=1.0)
+    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, scale, c, inside, TAPS)
+    u_inverse = inverse_of(tl.load(u_scale + c, mask=inside & (c < U), other=1.0))
+    await_inputs(CHAIN)
+    row_state = state + row * ((TAPS - 1) * C)
+    history = _load_history(row_state, c, inside, C, TAPS)
+    newest = tl.load(q + row * q_stride + c, mask=inside, other=0)
+    _step(
+        newest,
+        history,
+        taps,
+        row_state,
+        u_inverse,
+        u_q + row * U,
+        y + row * (C - U),
+        c,
+        inside,
+        C,
+        U,
+        TAPS,
+        SILU,
+    )
+
+
+def in_proj_conv_step(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_scale: Tensor,
+    conv_start: int,
+    conv_w_q: Tensor,
+    conv_w_scale: Tensor,
+    conv_bias: Tensor | None,
+    state_q: Tensor,
+    activation: str,
+    u_scale: Tensor,
+    *,
+    block_n: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kernel of `ssmc.ops.in_proj_conv_step`; the new state is written over state_q.
+
+    Norm, product and convolution are kernels of their own where `matvec` has no tiles.
+    """
+    if activation not in ACTIVATIONS:
+        raise UsageError(f"in_proj_conv_step: unknown activation '{activation}'")
+    flat = row_view(x)
+    m, n, channels, width = flat.shape[0], w_q.shape[0], conv_w_q.shape[0], u_scale.numel()
+    piece = piece_of(x.shape[-1])
+    how = matvec(w_q, w_scale, m, piece, False, block_n, num_warps, maxnreg)
+    u_q = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
+    y = torch.empty((*x.shape[:-1], channels - width), device=x.device)
+    conv = (conv_w_q, conv_w_scale, int(conv_w_scale.numel() > 1), conv_bias, state_q, u_scale)
+    shape = {"TAPS": conv_w_q.shape[1], "SILU": activation == "silu"}
+    if how is None:
+        from ssmc.kernels.matmul import int8_linear_quantize
+        from ssmc.kernels.norm import rms_norm_quantize
+
+        q = int8_linear_quantize(
+            *rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias, out_scale
+        )
+        part = slice(conv_start, conv_start + channels)
+        launch(
+            _conv_kernel,
+            (triton.cdiv(channels, BLOCK_C), m),
+            row_view(q)[:, part],
+            n,
+            out_scale[part] if out_scale.numel() > 1 else out_scale,
+            int(out_scale.numel() > 1),
+            *conv,
+            u_q,
+            y,
+            channels,
+            width,
+            device=x.device,
+            BLOCK=BLOCK_C,
+            **shape,
+        )
+        return q, u_q, y, state_q
+    q = torch.empty((*x.shape[:-1], n), dtype=torch.int8, device=x.device)
+    launch(
+        _in_proj_kernel,
+        (triton.cdiv(n, how.block_n),),
+        flat,
+        flat.stride(0),
+        norm_weight,
+        eps,
+        m,
+        w_q.view(torch.int32),
+        w_scale,
+        int(w_scale.numel() > 1),
+        bias,
+        out_scale,
+        int(out_scale.numel() > 1),
+        conv_start,
+        *conv,
+        q,
+        u_q,
+        y,
+        n,
+        channels,
+        width,
+        device=x.device,
+        PIECE=piece,
+        **shape,
+        **how.constants(),
+    )
+    return q, u_q, y, state_q

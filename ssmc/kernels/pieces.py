@@ -1,0 +1,136 @@
+"""A row in registers: a tuple of *pieces*, tensors of one width, a power of two.
+
+They follow one another in the row. So a row of 5,120 is 10 pieces of 512, and no register holds
+padding up to 8,192; what works along the row's high bits works on whole tensors.
+"""
+
+# A tuple of pieces grows in a loop that Triton unrolls; it knows no starred expressions.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmc.kernels.arithmetic import inverse_of, scale_for
+from ssmc.kernels.launch import rows
+
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits, half to even
+_ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def to_int8_within(x, inverse):
+    """`to_int8` of x with |x * inverse| <= 127, as under a scale for the largest |x|.
+
+    The low byte of 1.5 * 2^23 + i is the int8 i, so no limit and no conversion is needed.
+    """
+    return (x * inverse + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def to_float(i):
+    """An integer |i| < 2^22 as float32, without the slow conversion unit."""
+    return (i.to(tl.int32) + _ROUND_BITS).to(tl.float32, bitcast=True) - _ROUND
+
+
+@triton.jit
+def load_piece(
+    start,
+    i: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Piece i of N contiguous values from `start` on; zeros where it goes beyond."""
+    columns = i * WIDTH + tl.arange(0, WIDTH)
+    if i * WIDTH + WIDTH <= N:
+        return tl.load(start + columns)
+    else:
+        return tl.load(start + columns, mask=columns < N, other=0)
+
+
+@triton.jit
+def load_pieces(start, N: tl.constexpr, WIDTH: tl.constexpr):
+    """N contiguous values from `start` on, as pieces."""
+    pieces = ()
+    for i in tl.static_range((N + WIDTH - 1) // WIDTH):
+        pieces = pieces + (load_piece(start, i, N, WIDTH),)
+    return pieces
+
+
+@triton.jit
+def store_pieces(start, pieces, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the pieces of N values to `start`."""
+    for i in tl.static_range((N + WIDTH - 1) // WIDTH):
+        columns = i * WIDTH + tl.arange(0, WIDTH)
+        if i * WIDTH + WIDTH <= N:
+            tl.store(start + columns, pieces[i])
+        else:
+            tl.store(start + columns, pieces[i], mask=columns < N)
+
+
+@triton.jit
+def absmax_of(pieces):
+    """The largest magnitude of a row."""
+    largest = tl.abs(pieces[0])
+    for i in tl.static_range(1, len(pieces)):
+        largest = tl.maximum(largest, tl.abs(pieces[i]))
+    return tl.max(largest)
+
+
+@triton.jit
+def store_quantized(
+    q_start,
+    scale_start,
+    pieces,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`quantize_dynamic` of a row: its integers to q_start, its scale to scale_start."""
+    scale = scale_for(absmax_of(pieces))
+    inverse = inverse_of(scale)
+    tl.store(scale_start, scale)
+    q = ()
+    for i in tl.static_range(len(pieces)):
+        q = q + (to_int8_within(pieces[i], inverse),)
+    store_pieces(q_start, q, N, WIDTH)
+
+
+@triton.jit
+def stack(x, STEPS: tl.constexpr):
+    """A tuple of 2^STEPS tensors as one, in which their values of one place are neighbours."""
+    for _ in tl.static_range(STEPS):
+        pairs = ()
+        for i in tl.static_range(len(x) // 2):
+            both = tl.join(x[i], x[i + len(x) // 2])
+            pairs = pairs + (tl.reshape(both, [both.shape[0] * 2]),)
+        x = pairs
+    return x[0]
+
+
+@triton.jit
+def unstack(x, STEPS: tl.constexpr):
+    """The inverse of `stack`."""
+    y = (x,)
+    for _ in tl.static_range(STEPS):
+        low = ()
+        high = ()
+        for i in tl.static_range(len(y)):
+            a, b = tl.split(tl.reshape(y[i], [y[i].shape[0] // 2, 2]))
+            low = low + (a,)
+            high = high + (b,)
+        y = low + high
+    return y
+
+
+def piece_width(n: int, num_warps: int) -> int:
+    """The width of pieces of a row of n float32: 16 bytes a thread, or less for a short row."""
+    return min(128 * num_warps, triton.next_power_of_2(n))
+
+
+def row_view(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C] with neighbouring channels; a view where the strides allow it."""
+    x = rows(x)
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,148 @@
+"""What matrix products share: how they are cut into tiles, and loading and storing one."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmc.kernels.arithmetic import inverse_of, to_int8
+from ssmc.kernels.launch import rows
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut up: launch parameters, none of which changes a bit of the result.
+
+    `descriptors` lets the copy engine (TMA) load the tiles, where addresses and strides are
+    multiples of 16 bytes. `swap` computes the transposed tile, so that the weight takes the side of
+    the tensor core's instruction that has 64 rows at least. `prefetch` asks for the weight before
+    the kernel in front has ended. `asynchronous` takes the kernel of `ssmc.kernels.matmul_hopper`
+    where it can run (64 rows of the tile for each 4 warps, on Hopper, aligned as above). `group`
+    tiles of rows share a tile of the weight in the cache.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    extra_n: int = 0
+    block_k: int = 128
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    descriptors: bool = False
+    swap: bool = False
+    prefetch: bool = False
+    asynchronous: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of the result that one program makes."""
+        return self.block_n + self.extra_n
+
+
+def flat(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C] with channels next to one another; a view where that is possible."""
+    return rows(x if x.stride(-1) == 1 else x.contiguous())
+
+
+def row_scale(scale: Tensor, x: Tensor) -> Tensor:
+    """A scale [] or [..., 1] of x [..., C] as [rows], or as [1] if one serves all rows."""
+    if scale.numel() == 1:
+        return scale.reshape(1)
+    return scale.expand(*x.shape[:-1], 1).flatten()
+
+
+def step(scale: Tensor) -> int:
+    """The distance from one element of a scale to the next, 0 if there is but one."""
+    return 0 if scale.numel() == 1 else scale.stride(0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; off one, those of an H200."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a program's tile: GROUP rows of tiles go through all columns together."""
+    first = program // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inside = program % (GROUP * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def load_tile(
+    source,
+    row,
+    start,
+    count,
+    K,
+    stride,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Rows row .. row + ROWS of a matrix [count, K], columns from start; 0 from column K on.
+
+    What stands for rows that do not exist is no matter: their results are not stored.
+    """
+    if DESCRIPTORS:
+        tile = source.load([row, start])
+    else:
+        line = tl.minimum(row + tl.arange(0, ROWS), count - 1).to(tl.int64)
+        column = start + tl.arange(0, BLOCK_K)
+        address = source + line[:, None] * stride + column[None, :]
+        tile = tl.load(address) if EVEN_K else tl.load(address, mask=column[None, :] < K, other=0)
+    return tile
+
+
+@triton.jit
+def multiply(x, w, accumulator, SWAP: tl.constexpr):
+    """accumulator + x @ w.T in int32; kept transposed with SWAP."""
+    if SWAP:
+        result = tl.dot(w, tl.trans(x), accumulator, out_dtype=tl.int32)
+    else:
+        result = tl.dot(x, tl.trans(w), accumulator, out_dtype=tl.int32)
+    return result
+
+
+@triton.jit
+def zeros(M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, SWAP: tl.constexpr):
+    """An accumulator for [M, N]."""
+    return tl.zeros((N, M), DTYPE) if SWAP else tl.zeros((M, N), DTYPE)
+
+
+@triton.jit
+def store_result(
+    value,
+    row,
+    column,
+    M,
+    N,
+    residual,
+    residual_stride,
+    out_scale,
+    y,
+    OUT_STEP: tl.constexpr,
+):
+    """Write a float32 tile: as it is, added to the residual, or rounded to int8."""
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    line = row.to(tl.int64)
+    if residual is not None:
+        address = residual + line[:, None] * residual_stride + column[None, :]
+        value = tl.load(address, mask=inside, other=0.0) + value
+    address = y + line[:, None] * N + column[None, :]
+    if out_scale is not None:
+        scale = tl.load(out_scale + column * OUT_STEP, mask=column < N, other=1.0)
+        tl.store(address, to_int8(value, inverse_of(scale)[None, :]), mask=inside)
+    else:
+        tl.store(address, value, mask=inside)

@@ -1,0 +1,122 @@
+"""A session: sequences that grow, with their states in buffers that stay where they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssmc.core import Graph
+from ssmc.core.state import fresh_states
+from ssmc.device import running_on
+from ssmc.errors import UsageError
+from ssmc.lowering import Form
+from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear
+
+LARGEST_PIECE = 2048  # tokens: they fill a GPU, and bound the memory that a prompt takes
+SMALLEST_PIECE = 16  # fewer tokens run one by one, which costs less than recordings of their own
+
+
+class Session:
+    """The states of `batch` sequences, which every call overwrites, and the calls.
+
+    `programs` gives the graph of each form. Prompts run in pieces of at most `prefill_piece`
+    tokens. With `capture` (on a CUDA device) a call is recorded as a CUDA graph the first time its
+    length occurs, and replayed from then on; the lengths of pieces are then powers of two, so that
+    a few recordings serve every prompt and nothing is padded. What cannot be recorded runs kernel
+    by kernel, and a warning says why.
+    """
+
+    def __init__(
+        self,
+        programs: Callable[[Form], Graph],
+        batch: int,
+        device: torch.device,
+        *,
+        capture: bool = False,
+        prefill_piece: int = LARGEST_PIECE,
+    ) -> None:
+        _check_sizes(batch, prefill_piece)
+        self.batch, self.device, self.prefill_piece = batch, device, prefill_piece
+        self._programs = programs
+        self._captured: set[Form] = {"last", "step"} if capture else set()
+        self._recordings: dict[int, Recording] = {}
+        with running_on(device):
+            self.states = fresh_states(programs("step").states, batch, device)
+            self._recorder = Recorder(self.states, device) if capture else None
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits [batch, vocabulary] behind `ids` [batch, length], valid until the next call.
+
+        Goes on from the states. Raises UsageError for ids of another batch or without tokens,
+        DeviceError where memory runs out.
+        """
+        self._check(ids)
+        with running_on(self.device):
+            for piece in ids.to(self.device).split(self._cut(ids.shape[1]), 1):
+                logits = self._advance(piece)
+        return logits
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits [batch, vocabulary] behind one more token a sequence, `ids` [batch, 1]."""
+        return self.prefill(ids)
+
+    def reset(self) -> None:
+        """Start afresh: all states become zero."""
+        clear(self.states)
+
+    def _check(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.shape[0] != self.batch:
+            raise UsageError(
+                f"ids of shape {list(ids.shape)} in a session of {self.batch} sequences",
+                hint="ids are [batch, length]; model.session(batch) opens another session",
+            )
+        if ids.shape[1] == 0:
+            raise UsageError("the prompt is empty", hint="give at least one token")
+
+    def _cut(self, length: int) -> int | list[int]:
+        if self._recorder is None:
+            return self.prefill_piece
+        return pieces(length, self.prefill_piece, SMALLEST_PIECE)
+
+    def _advance(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        form: Form = "step" if length == 1 else "last"
+        if form in self._captured and length not in self._recordings:
+            self._record(form, length)
+        if length in self._recordings:
+            return self._recordings[length](ids)
+        return advance(self._programs(form), ids, self.states)
+
+    def _record(self, form: Form, length: int) -> None:
+        assert self._recorder is not None
+        try:
+            recording = self._recorder.record(self._programs(form), (self.batch, length))
+        except NotCapturableError as error:
+            self._captured.discard(form)
+            text = f"a call of {length} tokens cannot be recorded as a CUDA graph ({error})"
+            warnings.warn(f"{text}: such calls run kernel by kernel", RuntimeWarning, stacklevel=4)
+        else:
+            self._recordings[length] = recording
+
+
+def pieces(length: int, largest: int, smallest: int) -> list[int]:
+    """`length` as a sum of powers of two from `largest` down to `smallest`, and of ones."""
+    sizes, size = [], largest
+    while size >= smallest:
+        count, length = divmod(length, size)
+        sizes += count * [size]
+        size //= 2
+    return sizes + length * [1]
+
+
+def _check_sizes(batch: int, prefill_piece: int) -> None:
+    if batch < 1:
+        raise UsageError(f"a session of {batch} sequences", hint="use 1 or more")
+    if prefill_piece < SMALLEST_PIECE or prefill_piece.bit_count() != 1:
+        raise UsageError(
+            f"prefill_piece {prefill_piece} is no power of two from {SMALLEST_PIECE} on",
+            hint=f"{LARGEST_PIECE} is the default",
+        )

@@ -1,0 +1,44 @@
+"""Rotations in a kernel: the operator's values up to the order of the sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssmc import ops
+from ssmc.kernels import hadamard as kernels
+from ssmc.quant.formats import dequantize_tensor
+
+# Powers of two and Paley orders, whole rows and blocks, in one piece and in many.
+CASES = [(64, 64), (64, 8), (192, 64), (192, 192), (96, 12), (320, 320), (5120, 5120), (1000, 8)]
+CASES += [(1536, 1536), (112, 112), (144, 72), (2048, 1024), (63, 1)]
+
+
+@pytest.mark.parametrize(("n", "block"), CASES)
+def test_rotation(n: int, block: int, device: torch.device) -> None:
+    x = torch.randn(1, 3, n + 8, device=device)[..., 4:-4]
+    expected = ops.hadamard(x, block)
+    assert kernels.plan(n, block, 256) is not None
+    torch.testing.assert_close(kernels.hadamard(x, block), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.hadamard(x, block, width=32), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "block"), [(320, 320), (192, 64), (84, 84)])
+def test_quantized(n: int, block: int, device: torch.device) -> None:
+    x = torch.randn(2, 5, n, device=device)
+    q, scale = kernels.hadamard_quantize(x, block)
+    expected_q, expected_scale = ops.hadamard_quantize(x, block)
+    torch.testing.assert_close(scale, expected_scale, rtol=2**-7, atol=0)
+    rows = (scale == expected_scale).squeeze(-1)
+    apart = (q.int() - expected_q.int()).abs()[rows]
+    assert rows.float().mean() > 0.8
+    assert apart.max() <= 1
+    assert (apart != 0).float().mean() < 0.01
+    error = (dequantize_tensor(q, scale) - ops.hadamard(x, block)).abs()
+    assert (error <= 0.501 * scale).all()
+
+
+def test_an_order_too_large_is_left_to_the_operator(device: torch.device) -> None:
+    assert kernels.plan(84, 84, 256) is None
+    x = torch.randn(1, 2, 84, device=device)
+    assert torch.equal(kernels.hadamard(x, 84), ops.hadamard(x, 84))
