@@ -5,6 +5,10 @@ the kernel in front, so that this traffic, which is most of what decoding costs,
 it makes the int8 row itself, as all programs do: that takes about as long as one launch would.
 """
 
+# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
+# ruff: noqa: RUF005, SIM108
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -32,12 +36,21 @@ from ssmc.kernels.pieces import load_pieces, row_view, to_float
 
 MAX_ROWS = 8
 """Most rows that one kernel serves: each is a pass of its own over the weight in registers."""
+WORD = 4
+"""int8 values in an int32: pieces of a row are whole words."""
 PROGRAMS = 132
 """Programs wanted at least: the multiprocessors of an H200."""
 TILE_BYTES = 40 * 1024
 """Most bytes of the weight that a program holds: three programs fill a multiprocessor."""
 ROTATED_TILE_BYTES = 80 * 1024
 """The same where the row is rotated first, which is so much work that few programs shall do it."""
+
+
+APART = 1 << 22
+
+
+def apart(w_q: Tensor) -> bool:
+    return w_q.numel() > APART
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,8 @@ def _linear_kernel(  # noqa: ANN202
     w_scale,
     w_scale_step,
     bias,
+    residual,
+    residual_stride,
     out,
     N,
     K: tl.constexpr,
@@ -213,7 +228,7 @@ def _linear_kernel(  # noqa: ANN202
         words = load_words(x + row * x_stride, PARTS, K)
         scale = tl.load(x_scale + row * x_scale_step)
         y = product(weight, scales, words, scale, GROUP) + b
-        _store(y, out, None, 0, row, n, N)
+        _store(y, out, residual, residual_stride, row, n, N)
 
 
 @triton.jit
@@ -386,20 +401,27 @@ def int8_linear_rows(
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     block_n: int | None = None,
     num_warps: int | None = None,
     maxnreg: int | None = None,
 ) -> Tensor:
-    """`ssmc.ops.int8_linear` of at most MAX_ROWS rows; `kernels.matmul` takes over beyond."""
+    """`ssmc.ops.int8_linear` of at most MAX_ROWS rows; `kernels.matmul` takes over beyond.
+
+    With a residual [..., N] it is `ssmc.ops.int8_linear_add`.
+    """
     x = row_view(x_q)
     how = matvec(w_q, w_scale, x.shape[0], 1, False, block_n, num_warps, maxnreg)
     if how is None:
-        from ssmc.kernels.matmul import int8_linear
+        from ssmc.kernels.matmul import int8_linear, int8_linear_add
 
+        if residual is not None:
+            return int8_linear_add(x_q, x_scale, w_q, w_scale, bias, residual)
         return int8_linear(x_q, x_scale, w_q, w_scale, bias)
     n = w_q.shape[0]
     out = torch.empty((*x_q.shape[:-1], n), device=x.device)
+    before = None if residual is None else row_view(residual)
     launch(
         _linear_kernel,
         (triton.cdiv(n, how.block_n),),
@@ -412,6 +434,8 @@ def int8_linear_rows(
         w_scale,
         _step(w_scale),
         bias,
+        before,
+        0 if before is None else before.stride(0),
         out,
         n,
         device=x.device,
@@ -433,6 +457,10 @@ def norm_linear_step(
     maxnreg: int | None = None,
 ) -> Tensor:
     """Kernel of `ssmc.ops.norm_linear_step`; two kernels where `matvec` has no tiles."""
+    if apart(w_q):
+        from ssmc.kernels.norm import rms_norm_quantize
+
+        return int8_linear_rows(*rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias)
     flat = row_view(x)
     m, n = flat.shape[0], w_q.shape[0]
     piece = piece_of(x.shape[-1])
@@ -477,11 +505,15 @@ def hadamard_linear_step(
     maxnreg: int | None = None,
 ) -> Tensor:
     """Kernel of `ssmc.ops.hadamard_linear_step`; two kernels where one has no tiles or rotation."""
+    if apart(w_q):
+        from ssmc.kernels.hadamard import hadamard_quantize
+
+        return int8_linear_rows(*hadamard_quantize(x, block), w_q, w_scale, bias, residual)
     flat, before = row_view(x), row_view(residual)
     m, n = flat.shape[0], w_q.shape[0]
     rotation = plan(x.shape[-1], block)
     how = None
-    if rotation is not None:
+    if rotation is not None and rotation.width >= WORD:
         how = matvec(w_q, w_scale, m, rotation.width, True, block_n, num_warps, maxnreg)
     if how is None or rotation is None:
         from ssmc.kernels.hadamard import hadamard_quantize
@@ -529,11 +561,18 @@ def gated_norm_linear_step(
     maxnreg: int | None = None,
 ) -> Tensor:
     """Kernel of `ssmc.ops.gated_norm_linear_step`; two kernels also for norms of several groups."""
+    if apart(w_q):
+        from ssmc.kernels.norm import gated_norm_quantize
+
+        normed_q, scale = gated_norm_quantize(
+            x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
+        )
+        return int8_linear_rows(normed_q, scale, w_q, w_scale, bias, residual)
     flat, gate, before = row_view(x), row_view(gate_q), row_view(residual)
     m, n = flat.shape[0], w_q.shape[0]
     rotation = plan(x.shape[-1], block)
     how = None
-    if rotation is not None and group_size in (None, x.shape[-1]):
+    if rotation is not None and rotation.width >= WORD and group_size in (None, x.shape[-1]):
         how = matvec(w_q, w_scale, m, rotation.width, True, block_n, num_warps, maxnreg)
     if how is None or rotation is None:
         from ssmc.kernels.matmul import int8_linear_add

@@ -1,5 +1,9 @@
 """in_proj of decoding with the step of the convolution that follows it."""
 
+# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import torch
@@ -10,8 +14,8 @@ from torch import Tensor
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
 from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
-from ssmc.kernels.matvec_tiles import product, quantized
+from ssmc.kernels.matvec import apart, load_bias, load_constants, load_norm, matvec, normed, piece_of
+from ssmc.kernels.matvec_tiles import load_words, product, quantized
 from ssmc.kernels.pieces import load_pieces, row_view
 from ssmc.ops.conv import ACTIVATIONS
 
@@ -77,6 +81,7 @@ def _step(  # noqa: ANN202
 def _in_proj_kernel(  # noqa: ANN202
     x,
     x_stride,
+    x_scale,
     norm_weight,
     eps,
     rows,
@@ -122,10 +127,14 @@ def _in_proj_kernel(  # noqa: ANN202
     u_inverse = inverse_of(tl.load(u_scale + c, mask=inside & (c < U), other=1.0))
     await_inputs(CHAIN)
     for row in range(rows):
-        pieces = load_pieces(x + row * x_stride, K, PIECE)
         row_state = state + row * ((TAPS - 1) * C)
         history = _load_history(row_state, c, inside, C, TAPS)
-        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        if x_scale is not None:
+            words = load_words(x + row * x_stride, PARTS, K)
+            scale = tl.load(x_scale + row)
+        else:
+            pieces = load_pieces(x + row * x_stride, K, PIECE)
+            words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
         result = to_int8(product(weight, scales, words, scale, GROUP) + b, q_inverse)
         tl.store(q + row * N + n, result, mask=n < N)
         _step(
@@ -253,11 +262,18 @@ def in_proj_conv_step(
         )
         return q, u_q, y, state_q
     q = torch.empty((*x.shape[:-1], n), dtype=torch.int8, device=x.device)
+    scale = None
+    if apart(w_q):
+        from ssmc.kernels.norm import rms_norm_quantize
+
+        integers, scale = rms_norm_quantize(x, norm_weight, eps)
+        flat = row_view(integers)
     launch(
         _in_proj_kernel,
         (triton.cdiv(n, how.block_n),),
         flat,
         flat.stride(0),
+        scale,
         norm_weight,
         eps,
         m,

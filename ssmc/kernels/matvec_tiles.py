@@ -7,6 +7,10 @@ a thread's registers, and a warp holds whole rows as long as COLUMNS is at most 
 over K need no shared memory.
 """
 
+# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
+# ruff: noqa: RUF005, SIM108
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
@@ -67,6 +71,30 @@ def dot4(a, b, c):
 
 
 @triton.jit
+def _load_part(  # noqa: ANN202
+    words_ptr,
+    n,
+    RUNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """COUNT words of the rows n [BLOCK_N] as [RUNS, BLOCK_N, COLUMNS].
+
+    Loaded in two dimensions, since versions of Triton differ in which of three they give to warps.
+    """
+    rows: tl.constexpr = n.numel
+    row = tl.reshape(tl.broadcast_to(n[None, :], [RUNS, rows]), [RUNS * rows])
+    word = (tl.arange(0, RUNS * rows) // rows * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    at = words_ptr + row.to(tl.int64)[:, None] * STRIDE + word
+    if RUNS * COLUMNS > COUNT:
+        part = tl.load(at, mask=word < COUNT, other=0)
+    else:
+        part = tl.load(at)
+    return tl.reshape(part, [RUNS, rows, COLUMNS])
+
+
+@triton.jit
 def load_weight(
     words_ptr,
     n,
@@ -78,18 +106,16 @@ def load_weight(
     """The weight's rows n [BLOCK_N] of WIDTH columns, PER_WORD of them an int32 word."""
     weight = ()
     for p in tl.static_range(len(PARTS)):
-        # Loaded in two dimensions: of three, versions of Triton differ in which they give to warps.
-        line = tl.arange(0, (PARTS[p] // PER_WORD // COLUMNS) * n.numel)
-        row = tl.broadcast_to(n[None, :], [(PARTS[p] // PER_WORD // COLUMNS), n.numel])
-        row = tl.reshape(row, [(PARTS[p] // PER_WORD // COLUMNS) * n.numel])
-        first = start_of(PARTS, p) // PER_WORD + line // n.numel * COLUMNS
-        word = first[:, None] + tl.arange(0, COLUMNS)[None, :]
-        at = words_ptr + row.to(tl.int64)[:, None] * (WIDTH // PER_WORD) + word
-        if start_of(PARTS, p) + PARTS[p] > WIDTH:
-            part = tl.load(at, mask=word < WIDTH // PER_WORD, other=0)
-        else:
-            part = tl.load(at)
-        weight = weight + (tl.reshape(part, [(PARTS[p] // PER_WORD // COLUMNS), n.numel, COLUMNS]),)
+        weight = weight + (
+            _load_part(
+                words_ptr + start_of(PARTS, p) // PER_WORD,
+                n,
+                PARTS[p] // PER_WORD // COLUMNS,
+                WIDTH // PER_WORD,
+                min(PARTS[p], WIDTH - start_of(PARTS, p)) // PER_WORD,
+                COLUMNS,
+            ),
+        )
     return weight
 
 
@@ -127,7 +153,7 @@ def joined(pieces, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _word(even, odd):
+def _word(even, odd):  # noqa: ANN202
     """Words of int8 values: even [..., 2] holds their first and third, odd the others."""
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -136,7 +162,7 @@ def _word(even, odd):
 
 
 @triton.jit
-def _in_order(words):
+def _in_order(words):  # noqa: ANN202
     """words [places, pieces] as one row, the places of a piece after one another.
 
     A gather: where threads need copies of the row, each loads them from shared memory. Of a mere
@@ -188,16 +214,16 @@ def quantized(pieces, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _butterfly(x):
-    """Sylvester's matrix times each column of x [width, pieces].
+def _butterfly(x, STEPS: tl.constexpr):  # noqa: ANN202
+    """Sylvester's matrix of order 2^STEPS times each run of each column of x [width, pieces].
 
     From the far neighbours to the near, so that in the end neighbours are in one thread.
     """
     width: tl.constexpr = x.shape[0]
     pieces: tl.constexpr = x.shape[1]
-    for step in tl.static_range(log2(width)):
-        far = tl.reshape(x, [2**step, 2, width >> (step + 1), pieces])
-        a, b = tl.split(tl.permute(far, [0, 2, 3, 1]))
+    for step in tl.static_range(STEPS):
+        near = tl.reshape(x, [width >> (STEPS - step), 2, 2 ** (STEPS - step - 1), pieces])
+        a, b = tl.split(tl.permute(near, [0, 2, 3, 1]))
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 3, 1, 2]), [width, pieces])
     return x
 
@@ -221,7 +247,7 @@ def rotated(
     absmax = 0.0
     for p in tl.static_range(len(PARTS)):
         part = joined(mixed, start_of(PARTS, p) // width, PARTS[p] // width)
-        part = _butterfly(part) * FACTOR
+        part = _butterfly(part, INNER) * FACTOR
         absmax = tl.maximum(absmax, tl.max(tl.abs(part)))
         parts = parts + (part,)
     scale = scale_for(absmax)
@@ -271,7 +297,7 @@ def _int4_sums(weight, scales, words, GROUP: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _one_a_thread(sums):
+def _one_a_thread(sums):  # noqa: ANN202
     """The same sums [BLOCK_N], no longer each in all the threads of a warp.
 
     What follows, and what it is combined with, then takes a fraction of registers and instructions.

@@ -18,7 +18,7 @@ SMALL = tl.constexpr(1e-30)  # in place of a bound of zero; its inverse is still
 
 
 @triton.jit
-def exp2(x):  # noqa: ANN202
+def fast_exp2(x):
     """2^x, zero below the normal numbers: without the instructions that would keep those."""
     if _INTERPRETED:
         y = tl.exp2(x)
@@ -30,7 +30,7 @@ def exp2(x):  # noqa: ANN202
 
 
 @triton.jit
-def to_half(q):  # noqa: ANN202
+def to_half(q):
     """int8 as float16, four at a time: q + 128 in the low bits of 1024, then minus 1152."""
     if _INTERPRETED:
         y = q.to(tl.float16)
@@ -55,17 +55,15 @@ def to_half(q):  # noqa: ANN202
 
 
 @triton.jit
-def of_head(operand, batch, head):  # noqa: ANN202
-    """Pointers to the first position of (integers, scales) of one sequence and head."""
+def of_head(operand, batch, head, position=0):
+    """Pointers to a position of (integers, scales) of one sequence and head, all of them int64."""
     q, scale, steps, scale_steps = operand
-    q += batch * steps[0] + head * steps[2]
-    return q, scale + batch * scale_steps[0] + head * scale_steps[2]
+    q += batch * steps[0] + position * steps[1] + head * steps[2]
+    return q, scale + batch * scale_steps[0] + position * scale_steps[1] + head * scale_steps[2]
 
 
 @triton.jit
-def int8_rows(  # noqa: ANN202
-    q, scale, operand, position, valid, width, COLUMNS: tl.constexpr, FORM: tl.constexpr
-):
+def int8_rows(q, scale, operand, position, valid, width, COLUMNS: tl.constexpr, FORM: tl.constexpr):
     """Rows [T, C] of int8, as float16 integers and a float32 factor a row [T].
 
     FORM says where the scale differs: 'row' (in the factor); 'column' (the factor is 1, the scale
@@ -90,7 +88,7 @@ def int8_rows(  # noqa: ANN202
 
 
 @triton.jit
-def step_sizes(q, scale, operand, bias, limits, position, valid):  # noqa: ANN202
+def step_sizes(q, scale, operand, bias, limits, position, valid):
     """dt of a chunk [T], zero behind the end."""
     steps, scale_steps = operand[2], operand[3]
     dt = tl.load(q + position * steps[1], valid, 0).to(tl.float32)
@@ -99,7 +97,7 @@ def step_sizes(q, scale, operand, bias, limits, position, valid):  # noqa: ANN20
 
 
 @triton.jit
-def chunk_weights(dt, rate, factor, CHUNK: tl.constexpr):  # noqa: ANN202
+def chunk_weights(dt, rate, factor, CHUNK: tl.constexpr):
     """What the positions of a chunk weigh in those behind them: three rows [T], two numbers.
 
     `since`: the base-2 logarithm of the decay since the chunk's start; `whole` that of all of it,
@@ -118,7 +116,7 @@ def chunk_weights(dt, rate, factor, CHUNK: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def added(x, B, until_end, SPLIT: tl.constexpr):  # noqa: ANN202
+def state_update(x, B, until_end, SPLIT: tl.constexpr):
     """(until_end x)' B for x [T, P], B [T, N], until_end [T]; float32 [P, N]."""
     weighted = x.to(tl.float32) * until_end[:, None]
     high = weighted.to(tl.float16)

@@ -17,15 +17,27 @@ state has about the precision of float32.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import LOG2E, softplus
-from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.arithmetic import LOG2E
+from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.ssd_operands import (
+    HALF_LIMIT,
+    QMAX,
+    SMALL,
+    chunk_weights,
+    fast_exp2,
+    form,
+    int8_rows,
+    of_head,
+    operand,
+    state_update,
+    step_sizes,
+)
 
 _PROGRAMS = 264  # two for each multiprocessor of a large GPU: what its registers hold
 _MOST_SEGMENTS = 8  # since each is folded by all that follow it
@@ -76,7 +88,7 @@ def _prepare_segment(  # noqa: ANN202
         tl.store(weights[2] + t, until_end)
         tl.store(largest + start // CHUNK, top)
         if ADD:
-            growing = added(x_t, B_t, until_end, SPLIT)
+            growing = state_update(x_t, B_t, until_end, SPLIT)
             h = h * tl.exp2(whole) + growing * (channel * (top / 256.0))[:, None]
         decay += whole
     return h, decay
@@ -230,17 +242,17 @@ def _scan_kernel(
         exponent = (since - tl.maximum(whole, 0.0))[:, None] - since[None, :]
         exponent = tl.where(s[:, None] >= s[None, :], exponent, float("-inf"))
         between = tl.dot(C_t, tl.trans(B_t)) * (within * (4.0 / RANK))[None, :]
-        inside = tl.dot((between * exp2(exponent)).to(tl.float16), x_t)
+        inside = tl.dot((between * fast_exp2(exponent)).to(tl.float16), x_t)
         earlier = tl.dot(C_t, tl.trans((h * (HALF_LIMIT / bound)).to(tl.float16)))
         result = inside * (C_factor * (top * (RANK / 4.0)))[:, None]
         if D is not None:
             result = tl.fma(x_t.to(tl.float32), (x_factor * skip)[:, None], result)
-        weight = C_factor * exp2(since) * (bound * (1 / HALF_LIMIT))
+        weight = C_factor * fast_exp2(since) * (bound * (1 / HALF_LIMIT))
         result = tl.fma(earlier, weight[:, None], result * channel[None, :])
         at = y + ((batch * length + position) * heads + head) * width
         tl.store(at[:, None] + p[None, :], result, valid[:, None] & (p < width)[None, :])
 
-        growing = added(x_t, B_t, until_end, SPLIT)
+        growing = state_update(x_t, B_t, until_end, SPLIT)
         remains = tl.exp2(whole)
         h = tl.fma(growing, (channel * (top * (1 / 256)))[:, None], h * remains)
         bound = tl.maximum(bound * remains + top * widest * (CHUNK * QMAX * QMAX), SMALL)

@@ -68,7 +68,7 @@ def _linear_add(g: Graph, m: Match) -> fx.Node | None:
 def _linear_quantize(g: Graph, m: Match) -> Values | None:
     parts = segments(m.node)
     roundings = [r for part in parts if (r := rounding(part)) is not None]
-    if len(roundings) != len(parts):
+    if len(roundings) != len(parts) or m.node.meta["val"].dim() != 3:
         return None
     args = (*operands(m.node).values(), joined_scale(g, m.node, roundings))
     call = g.call("ssmc::int8_linear_quantize", *args, like=m.node, suffix="fused")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import fx
+
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import target_name
 from ssmc.errors import UsageError, choices
@@ -68,8 +70,13 @@ def _explain(g: Graph, backend: Backend, kernels: Mapping[str, Callable[..., Any
             continue
         if is_call(node, *HEAVY):
             g.skip(node, "its operands are not quantised, or not in a way it can fuse")
-        elif backend.complete and not is_call(node, *kernels, *VIEWS):
+        elif backend.complete and _launches(node) and not is_call(node, *kernels):
             g.skip(node, f"plain torch: there is no kernel for {target_name(node.target)}")
+
+
+def _launches(node: fx.Node) -> bool:
+    """Whether a call computes tensors."""
+    return not is_call(node, *VIEWS) and not isinstance(node.meta["val"], int)
 
 
 def _take_kernels(g: Graph, kernels: Mapping[str, Callable[..., Any]]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ssmc.core import Graph, Match
-from ssmc.core.dialect import known_names, operands
+from ssmc.core.dialect import operands
 from ssmc.core.pattern import Pattern, op
 from ssmc.lowering.rewriter import Rules
 
@@ -23,9 +23,7 @@ def _linear(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::int8_linear", *args, like=m.node)
 
 
-def _linear_int4(g: Graph, m: Match) -> fx.Node | None:
-    if "ssmc::int4_linear" not in known_names():
-        return g.skip(m.node, "there is no operator for its weight of 4 bits and floats")
+def _linear_int4(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::int4_linear", m.x, m.w_q, m.w_scale, m.bias, like=m.node)
 
 

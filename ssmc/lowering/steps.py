@@ -73,9 +73,10 @@ def _conv_start(g: Graph, m: Match) -> int | None:
     sizes = segment_sizes(m.split)
     if sizes is None or not is_model_state(g, m.state):
         return None
-    start = sum(sizes[: m.index])
-    part = g.param(m.in_scale)[start : start + sizes[m.index]]
-    scale = g.param(m.x_scale)
+    start, width = sum(sizes[: m.index]), sizes[m.index]
+    if not is_static(m.x_scale, [width]):
+        return None
+    part, scale = g.param(m.in_scale)[start : start + width], g.param(m.x_scale)
     return start if torch.equal(part, scale.expand_as(part)) else None
 
 

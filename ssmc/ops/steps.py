@@ -118,7 +118,9 @@ def ssd_scan_step(
     """
     B, C = (part.unflatten(-1, (groups, -1)) for part in BC.chunk(2, -1))
     pairs = (*quantize_dynamic(B), *quantize_dynamic(C))
-    return int8_ssd_scan(x_q, x_scale, dt_q, dt_scale, A, *pairs, D, dt_bias, state, dt_min, dt_max)
+    operands = (x_q, x_scale, dt_q, dt_scale, A, *pairs, D, dt_bias, state.float())
+    y, new = int8_ssd_scan(*operands, dt_min, dt_max)
+    return y, new.to(state.dtype)
 
 
 @composite

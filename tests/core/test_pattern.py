@@ -33,6 +33,16 @@ def test_captures_and_nesting(g: Graph) -> None:
         _ = match.W
 
 
+def test_a_label_captures_the_call_and_stands_for_one(g: Graph) -> None:
+    first = g.calls("ssmc::linear")[0]
+    norm = op.rms_norm("x", label="norm")
+    match = op.linear(norm).match(first)
+    assert match is not None
+    assert is_call(match.norm, "ssmc::rms_norm")
+    assert match.x is g.nodes[0]
+    assert op.linear(op.rms_norm("same", label="same")).match(first) is None
+
+
 def test_only_where_it_holds(g: Graph) -> None:
     first, second, third = g.calls("ssmc::linear")
     assert _found(g, op.linear(op.rms_norm())) == [first]

@@ -17,6 +17,7 @@ from ssmc.errors import UsageError
 from ssmc.lowering import lower
 from ssmc.lowering.backends.cpu import int8_causal_conv1d, int8_linear
 from ssmc.lowering.patterns import HEAVY
+from ssmc.quant.formats import quantize_groups
 from ssmc.runtime import CompiledModel
 
 ARCHITECTURES = ["mamba", "mamba-no-conv-bias", "falcon", "mamba2", "mamba2-groups"]
@@ -105,6 +106,14 @@ def test_what_is_left_in_float_is_kept_with_a_reason(option: str) -> None:
     assert torch.equal(compiled(ids)[0], compiled.graph(ids)[0])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_4_bits_give_the_simulated_bits(backend: str) -> None:
+    compiled = compile_tiny("mamba2", "hadamard,percentile,quantise{weights=4,group=8}")
+    lowered, ids = lower(compiled.graph, backend), tokens(2, 9)
+    assert lowered.kept == []
+    assert torch.equal(lowered.graph(ids)[0], compiled.graph(ids)[0])
+
+
 def test_without_quantisation_everything_is_kept() -> None:
     compiled = ssmc.compile(
         build("mamba"), passes="fold-norm", scheme="none", calibration=tokens(2, 9)
@@ -140,6 +149,14 @@ def test_int8_linear_is_the_operator_bit_for_bit(features: int, dynamic: bool) -
     x_scale = scales(2, 3, 1) if dynamic else scales()
     for bias in (None, torch.randn(11)):
         args = (x, x_scale, w, scales(11, 1), bias)
+        assert torch.equal(int8_linear(*args), torch.ops.ssmc.int8_linear(*args))
+
+
+@pytest.mark.parametrize("group", [2, 8, 32])
+def test_int8_linear_of_packed_weights_is_the_operator_bit_for_bit(group: int) -> None:
+    packed, scale = quantize_groups(torch.randn(11, 64), group)
+    for bias in (None, torch.randn(11)):
+        args = (int8(2, 3, 64), scales(2, 3, 1), packed, scale, bias)
         assert torch.equal(int8_linear(*args), torch.ops.ssmc.int8_linear(*args))
 
 

@@ -63,7 +63,7 @@ def test_every_int8_and_fused_operator_has_a_kernel_of_its_signature() -> None:
     for name in wanted - {"int8_linear"}:
         expected = inspect.signature(getattr(ops, name)).parameters
         given = inspect.signature(kernels[f"ssmc::{name}"]).parameters
-        positional = [p for p in given.values() if p.kind is not p.KEYWORD_ONLY]
+        positional = [p for p in given.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         assert [(p.name, p.default) for p in positional] == [
             (p.name, p.default) for p in expected.values()
         ], name

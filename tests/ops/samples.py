@@ -94,6 +94,8 @@ def _int4_samples(x: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[str, Sa
     packed, scale = quantize_groups(weight, 4)
     return [
         ("dequantize_groups", (packed, scale)),
+        ("int4_linear", (x, packed, scale)),
+        ("int4_linear", (x, packed, scale, bias)),
         ("int8_linear", (*quantize_dynamic(x), packed, scale, bias)),
         ("int8_linear_add", (*quantize_dynamic(x), packed, scale, None, torch.randn(2, 5, 7))),
         ("norm_linear_step", (x, None, 1e-5, packed, scale, bias)),

@@ -1,0 +1,207 @@
+"""Decoding's linear layers at the sizes of published models, batch 1 (and 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_cases.case import Case
+from ssmc import ops
+from ssmc.kernels.matvec import (
+    gated_norm_linear_step,
+    hadamard_linear_step,
+    int8_linear_rows,
+    norm_linear_step,
+)
+from ssmc.kernels.matvec_conv import in_proj_conv_step
+from ssmc.quant.formats import bf16_up, pack_int4
+
+GROUP = 128
+ERROR = 5e-3
+"""Of a product whose row the kernel rounds: a value between two integers may go to either."""
+FLIPS = 0.02
+
+Configs = tuple[dict[str, Any], ...]
+
+
+def _configs(*sweep: tuple[int, int] | tuple[int, int, int]) -> Configs:
+    """Launch parameters from (rows of a program, warps[, limit of registers])."""
+    names = ("block_n", "num_warps", "maxnreg")
+    return tuple(dict(zip(names, values, strict=False)) for values in sweep)
+
+
+def _scale(*shape: int, device: torch.device) -> Tensor:
+    return bf16_up(torch.rand(shape, device=device) * 0.01 + 0.001)
+
+
+def _integers(*shape: int, device: torch.device) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+
+
+def _floats(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device)
+
+
+def _weight(n: int, k: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if bits == 8:
+        return _integers(n, k, device=device), _scale(n, 1, device=device)
+    q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
+    return pack_int4(q, GROUP), _scale(n, k // GROUP, device=device)
+
+
+def _weight_bytes(n: int, k: int, bits: int) -> float:
+    return n * k * bits / 8 + (4 * n if bits == 8 else 4 * n * k / GROUP)
+
+
+def _bits(bits: int) -> str:
+    return "" if bits == 8 else " int4"
+
+
+def _in_proj(
+    name: str,
+    n: int,
+    k: int,
+    start: int,
+    channels: int,
+    width: int,
+    configs: Configs,
+    bits: int = 8,
+    rows: int = 1,
+) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        return (
+            _floats(rows, 1, k, device=device),
+            _floats(k, device=device),
+            1e-5,
+            *_weight(n, k, bits, device),
+            None,
+            _scale(n, device=device) * k**0.5,
+            start,
+            _integers(channels, 4, device=device),
+            _scale(channels, 1, device=device),
+            _floats(channels, device=device),
+            _integers(rows, 3, channels, device=device),
+            "silu",
+            _scale(width, device=device),
+        )
+
+    once = _weight_bytes(n, k, bits) + 4 * k + 4 * n + channels * (4 + 4 + 4) + 4 * width
+    each = 4 * k + n + 6 * channels + width + 4 * (channels - width)
+    return Case(
+        f"in_proj_conv_step {name}{_bits(bits)} {rows}",
+        ops.in_proj_conv_step,
+        in_proj_conv_step,
+        inputs,
+        once + rows * each,
+        2.0 * rows * n * k,
+        error=ERROR,
+        flips=FLIPS,
+        configs=configs,
+    )
+
+
+def _norm(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        x, norm = _floats(rows, 1, k, device=device), _floats(k, device=device)
+        return x, norm, 1e-5, *_weight(n, k, bits, device), None
+
+    return Case(
+        f"norm_linear_step {name}{_bits(bits)} {rows}",
+        ops.norm_linear_step,
+        norm_linear_step,
+        inputs,
+        _weight_bytes(n, k, bits) + 4 * k + rows * 4 * (n + k),
+        2.0 * rows * n * k,
+        error=ERROR,
+        configs=configs,
+    )
+
+
+def _hadamard(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        x, residual = _floats(rows, 1, k, device=device), _floats(rows, 1, n, device=device)
+        return x, k, *_weight(n, k, bits, device), None, residual
+
+    return Case(
+        f"hadamard_linear_step {name}{_bits(bits)} {rows}",
+        ops.hadamard_linear_step,
+        hadamard_linear_step,
+        inputs,
+        _weight_bytes(n, k, bits) + rows * 4 * (2 * n + k),
+        2.0 * rows * n * k,
+        error=ERROR,
+        configs=configs,
+    )
+
+
+def _gated(name: str, n: int, k: int, configs: Configs, rows: int = 1) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        return (
+            _floats(rows, 1, k, device=device),
+            _integers(rows, 1, 2 * k, device=device)[..., :k],
+            _scale(k, device=device) * 5,
+            _floats(k, device=device),
+            1e-5,
+            None,
+            False,
+            k,
+            *_weight(n, k, 8, device),
+            None,
+            _floats(rows, 1, n, device=device),
+        )
+
+    return Case(
+        f"gated_norm_linear_step {name} {rows}",
+        ops.gated_norm_linear_step,
+        gated_norm_linear_step,
+        inputs,
+        _weight_bytes(n, k, 8) + 8 * k + rows * (8 * n + 5 * k),
+        2.0 * rows * n * k,
+        error=ERROR,
+        configs=configs,
+    )
+
+
+def _linear(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        x, scale = _integers(rows, 1, k, device=device), _scale(device=device)
+        return x, scale, *_weight(n, k, bits, device), None
+
+    return Case(
+        f"int8_linear {name}{_bits(bits)} {rows}",
+        ops.int8_linear,
+        int8_linear_rows,
+        inputs,
+        _weight_bytes(n, k, bits) + rows * (k + 4 * n),
+        2.0 * rows * n * k,
+        error=0.0 if bits == 8 else 1e-5,
+        configs=configs,
+    )
+
+
+_WIDE = _configs((16, 4), (16, 8), (8, 4), (32, 8), (32, 8, 255), (8, 8))
+_SMALL = _configs((4, 4), (8, 4), (16, 4), (8, 2), (16, 2), (32, 4))
+_ROTATED = _configs((16, 8), (32, 8, 255), (8, 8), (16, 8, 168), (16, 16), (8, 4), (32, 16))
+_FOUR_BITS = _configs((16, 4), (32, 4), (32, 8), (64, 8, 255), (16, 8))
+
+CASES: tuple[Case, ...] = (
+    _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, _WIDE),
+    _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, (), rows=4),
+    _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, (), rows=64),
+    _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, _FOUR_BITS, bits=4),
+    _in_proj("130m", 3072, 768, 0, 1536, 1536, _SMALL),
+    _in_proj("2-2.7b", 10576, 2560, 5120, 5376, 5120, _configs((16, 4), (16, 8), (8, 4))),
+    _hadamard("2.8b", 2560, 5120, _ROTATED),
+    _hadamard("2.8b", 2560, 5120, (), rows=4),
+    _hadamard("2.8b", 2560, 5120, _configs((16, 8), (32, 8), (32, 8, 255), (16, 4)), bits=4),
+    _hadamard("130m", 768, 1536, _configs((4, 4), (8, 4), (2, 4), (8, 8), (4, 8), (16, 4))),
+    _gated("2-2.7b", 2560, 5120, _ROTATED),
+    _norm("head 2.8b", 50280, 2560, _WIDE),
+    _norm("head 2.8b", 50280, 2560, _FOUR_BITS, bits=4),
+    _norm("head 130m", 50280, 768, _configs((32, 4), (64, 4), (16, 4), (64, 8), (32, 2))),
+    _linear("x_proj 2.8b", 192, 5120, _configs((1, 4), (1, 8), (2, 4), (2, 8), (1, 2))),
+    _linear("x_proj 2.8b", 192, 5120, _configs((1, 4), (2, 4), (1, 2)), bits=4),
+    _linear("x_proj 2.8b", 192, 5120, (), rows=4),
+)
