@@ -43,7 +43,8 @@ from ssmc.kernels.ssd_operands import (
     step_sizes,
 )
 
-_PROGRAMS = 528  # four for each multiprocessor of a large GPU
+_PROGRAMS = 396  # three for each multiprocessor of a large GPU
+_REGISTERS = 168  # a thread, of four warps: for three programs a multiprocessor
 _COLUMNS = 32  # of the state a program: four programs a head where there are 128
 
 
@@ -83,8 +84,8 @@ def _weights_kernel(
 
     The sizes are `whole` and `largest`; L is rounded up to whole chunks.
     """
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    chunks, rows = tl.num_programs(0), tl.num_programs(1).to(tl.int64)
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows, chunks = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
     batch, head = row // heads, row % heads
     t = chunk * CHUNK + tl.arange(0, CHUNK)
     start, position, valid = _positions(chunk, length, REVERSE, CHUNK)
@@ -265,11 +266,9 @@ def _outputs_kernel(
         inside = tl.dot(weight.to(tl.float16), x_t)
 
         h = tl.load(before + here * WIDTH * RANK + p[:, None] * RANK + n[None, :])
-        bound = tl.load(bounds + here * WIDTH + p)
-        earlier = tl.dot(C_t, tl.trans(h)) * (C_factor * fast_exp2(since))[:, None]
-        result = tl.fma(
-            earlier, (bound * (1 / HALF_LIMIT))[None, :], inside * (channel * unit)[None, :]
-        )
+        since_start = C_factor * fast_exp2(since) * (tl.load(bounds + here) * (1 / HALF_LIMIT))
+        inside *= (channel * unit)[None, :]
+        result = tl.fma(tl.dot(C_t, tl.trans(h)), since_start[:, None], inside)
         at = y + ((batch * length + start) * heads + head) * width
         at += (position * (heads * width))[:, None] + p[None, :]
         tl.store(at, result, valid[:, None] & (p < width)[None, :])
@@ -347,7 +346,7 @@ def int8_ssd_scan(
     shape = (length, heads, heads // groups, width, rank)
     launch(
         _weights_kernel,
-        (chunks, rows),
+        (rows, chunks),
         *(x, dt, B, A, dt_bias, (dt_min, dt_max), weights, sizes, *shape),
         device=device,
         num_warps=1,
@@ -367,6 +366,7 @@ def int8_ssd_scan(
         **how,
     )
     group_size = heads // groups
+    num_warps = num_warps or (4 if chunk <= 64 and WIDTH * RANK <= 8192 else 8)
     together = together or _together(rows * chunks, group_size)
     launch(
         _outputs_kernel,
@@ -375,9 +375,9 @@ def int8_ssd_scan(
         *(length, heads, groups, width, rank, together),
         device=device,
         C_FORM=form(C, "row"),
-        num_warps=num_warps or (4 if chunk <= 64 and WIDTH * RANK <= 8192 else 8),
+        num_warps=num_warps,
         num_stages=num_stages,
-        maxnreg=maxnreg,
+        maxnreg=maxnreg or (_REGISTERS if num_warps == 4 else None),
         **how,
     )
     return y, new_state

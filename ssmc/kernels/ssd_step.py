@@ -91,7 +91,7 @@ def _steps(scale: Tensor, dims: int) -> tuple[int, ...]:
 
 def _rows(heads: int, padded: int) -> int:
     """Channels a program: with few heads in all, few, so that every multiprocessor loads."""
-    return min(padded, 8 if heads <= 256 else 16)
+    return min(padded, 8 if heads <= 256 else 64)
 
 
 def ssd_scan_step(

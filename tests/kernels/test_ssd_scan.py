@@ -16,6 +16,7 @@ from ssmc.kernels.ssd_step import ssd_scan_step
 from ssmc.quant.formats import bf16_up
 
 Operands = dict[str, Any]
+STRATEGIES = ("chunks", "segments")
 
 
 def scales(*shape: int, size: float) -> Tensor:
@@ -66,13 +67,14 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def check(given: Operands, state_error: float = 4e-6, **how: Any) -> None:
     limits = {name: given.pop(name) for name in ("dt_min", "dt_max", "reverse") if name in given}
     before = None if given["state"] is None else given["state"].clone()
-    y, state = int8_ssd_scan(**given, **limits, **how)
     expected_y, expected_state = ops.int8_ssd_scan(**given, **limits)
-    assert y.is_contiguous()
-    assert error(y, expected_y) < 4e-4
-    assert error(state, expected_state) < state_error
-    if before is not None:
-        assert torch.equal(given["state"], before)
+    for strategy in [how.pop("strategy")] if "strategy" in how else STRATEGIES:
+        y, state = int8_ssd_scan(**given, **limits, strategy=strategy, **how)
+        assert y.is_contiguous()
+        assert error(y, expected_y) < 4e-4
+        assert error(state, expected_state) < state_error
+        if before is not None:
+            assert torch.equal(given["state"], before)
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 63, 200])
@@ -82,7 +84,19 @@ def test_any_length(device: torch.device, length: int) -> None:
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 7])
 def test_segments(device: torch.device, segments: int) -> None:
-    check(operands(device, 100), chunk=16, segments=segments)
+    check(operands(device, 100), strategy="segments", chunk=16, segments=segments)
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 9])
+def test_heads_together(device: torch.device, together: int) -> None:
+    given = operands(device, 40, heads=6)
+    check(given, strategy="chunks", chunk=16, together=together)
+
+
+@pytest.mark.parametrize("columns", [16, 128])
+def test_columns(device: torch.device, columns: int) -> None:
+    given = operands(device, 40, batch=2, rank=50)
+    check(given, strategy="chunks", chunk=16, columns=columns)
 
 
 def test_published_head(device: torch.device) -> None:
@@ -90,7 +104,7 @@ def test_published_head(device: torch.device) -> None:
 
 
 def test_chunk_of_128(device: torch.device) -> None:
-    check(operands(device, 150), chunk=128, segments=2)
+    check(operands(device, 150), chunk=128)
 
 
 def test_without_split_the_state_is_as_precise_as_y(device: torch.device) -> None:
@@ -107,7 +121,7 @@ def test_step_limits(device: torch.device) -> None:
 
 
 def test_reverse(device: torch.device) -> None:
-    check(operands(device, 75) | {"reverse": True}, chunk=16, segments=2)
+    check(operands(device, 75) | {"reverse": True}, chunk=16)
 
 
 @pytest.mark.parametrize("name", ["x_scale", "dt_scale", "B_scale", "C_scale"])
@@ -133,7 +147,7 @@ def test_scales_of_any_shape(device: torch.device, name: str, shape: tuple[int, 
 
 def test_strong_and_weak_decay(device: torch.device) -> None:
     A = torch.tensor([-60.0, -1e-4, -16.0, 0.02])
-    check(operands(device, 200) | {"A": A.to(device)}, state_error=1e-5, chunk=64, segments=2)
+    check(operands(device, 200) | {"A": A.to(device)}, state_error=1e-5, chunk=64)
 
 
 def test_channels_and_steps_of_very_different_size(device: torch.device) -> None:
@@ -148,9 +162,15 @@ def test_channels_and_steps_of_very_different_size(device: torch.device) -> None
 def test_zeros(device: torch.device) -> None:
     given = operands(device, 20)
     given["x_q"] = torch.zeros_like(given["x_q"])
-    y, state = int8_ssd_scan(**(given | {"state": None}))
-    assert not y.any()
-    assert not state.any()
+    for strategy in STRATEGIES:
+        y, state = int8_ssd_scan(**(given | {"state": None}), strategy=strategy)
+        assert not y.any()
+        assert not state.any()
+
+
+def test_D_far_above_what_the_positions_give(device: torch.device) -> None:
+    given = operands(device, 40)
+    check(given | {"D": given["D"] * 1e6, "state": None})
 
 
 def step_operands(device: torch.device, batch: int = 3, **sizes: int) -> Operands:
