@@ -248,8 +248,7 @@ def _run(
     width = channels - 2 * number * size
     block_c = tiling.block_c or min(256, triton.next_power_of_2(width))
     # A large tile loads fewer inputs twice; a small one fills the device with short prompts.
-    positions = tiling.positions or (16 if batch * length * channels > 2**22 else 8)
-    positions = min(positions, triton.next_power_of_2(length))
+    positions = min(tiling.positions or 8, triton.next_power_of_2(length))
     launch(
         _kernel,
         (triton.cdiv(width, block_c) + 2 * number, triton.cdiv(length, positions), batch),

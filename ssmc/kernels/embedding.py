@@ -31,7 +31,7 @@ def _kernel(  # noqa: ANN202
 
 
 def int8_embedding(
-    ids: Tensor, w_q: Tensor, w_scale: Tensor, *, block_n: int = 512, num_warps: int = 1
+    ids: Tensor, w_q: Tensor, w_scale: Tensor, *, block_n: int = 1024, num_warps: int = 2
 ) -> Tensor:
     """Kernel of `ssmc.ops.int8_embedding`; ids of any shape, each in [0, V) (not checked)."""
     n = w_q.shape[1]

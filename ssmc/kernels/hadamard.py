@@ -41,10 +41,14 @@ MAX_STACKED = 2
 """Up to four pieces are one tensor in a butterfly."""
 
 
-def warps_for(m: int, n: int) -> int:
-    """Warps of a program that rotates one of m rows of n: few where rows fill the device."""
-    wanted = 2 if m > 1024 else 4 if m > 256 else 8
-    return min(wanted, triton.next_power_of_2(max(1, n // 512)))
+MANY_ROWS = 512
+"""From here on rows, each with few warps, hide one another's latencies."""
+
+
+def warps_for(m: int, n: int, few: int) -> int:
+    """Warps for one of m rows of n values: few where there are rows enough to fill a GPU."""
+    wanted = few if m >= MANY_ROWS else 8
+    return min(wanted, max(1, triton.next_power_of_2(n) // 512))
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def _run(
         N=n,
         **rotation.constants(),
         QUANTIZE=scale is not None,
-        num_warps=num_warps or warps_for(m, n),
+        num_warps=num_warps or warps_for(m, n, few=1),
     )
 
 

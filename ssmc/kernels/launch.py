@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import os
-_EARLY = tl.constexpr(os.environ.get("EARLY") == "1")
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
@@ -43,12 +41,8 @@ def launch(
 def await_inputs(CHAIN: tl.constexpr):
     """Wait for the kernel in front, then let the next one begin to load what is constant."""
     if CHAIN:
-        if _EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-            tl.extra.cuda.gdc_wait()
-        else:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def rows(x: Tensor) -> Tensor:

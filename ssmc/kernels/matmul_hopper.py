@@ -48,7 +48,8 @@ def constants(how: Tiling, small: bool) -> dict[str, Any]:
     """The kernel's constants; `small` says that every sum is a float32.
 
     Where the parts of a tile lie in registers: a warp group has 64 rows, all columns. No
-    instruction for integers is wider than 128 columns here (Triton knows none of 256).
+    instruction for integers is wider than 128 columns here (Triton knows none of 256). What follows
+    the sums is done on pieces of 64 columns, which leaves the registers room for its operands.
     """
     warps = [how.warps, 1]
 
@@ -56,9 +57,10 @@ def constants(how: Tiling, small: bool) -> dict[str, Any]:
         return gl.NVMMADistributedLayout([3, 0], warps, [16, min(width, 128), 32])
 
     def stored(width: int) -> Any:
-        across = min(32, width // 16)
+        across = width // 16
         return gl.BlockedLayout([1, 16], [32 // across, across], warps, [1, 0])
 
+    piece, extra_piece = min(how.block_n, 64), min(how.extra_n or 16, 64)
     return {
         "BLOCK_M": how.block_m,
         "BLOCK_N": how.block_n,
@@ -68,25 +70,35 @@ def constants(how: Tiling, small: bool) -> dict[str, Any]:
         "SMALL": small,
         "LAYOUT": product(how.block_n),
         "EXTRA_LAYOUT": product(how.extra_n or 16),
-        "STORED": stored(how.block_n),
-        "EXTRA_STORED": stored(how.extra_n or 16),
+        "PIECE": product(piece),
+        "EXTRA_PIECE": product(extra_piece),
+        "STORED": stored(piece),
+        "EXTRA_STORED": stored(extra_piece),
+        "LINE": gl.BlockedLayout([1], [32], [how.warps], [0]),
         "num_warps": how.warps,
     }
 
 
 @gluon.jit
-def _copy(  # noqa: ANN202
-    x, w, extra, x_tiles, w_tiles, extra_tiles, ready, slot, top, first, second, k, enabled,
+def _copy_x(x, x_tiles, ready, slot, top, k, enabled):  # noqa: ANN202
+    """Ask for the next block of x, into the place `slot`."""
+    tma.async_copy_global_to_shared(
+        x, [top, k], ready.index(slot), x_tiles.index(slot), pred=enabled
+    )
+
+
+@gluon.jit
+def _copy_w(  # noqa: ANN202
+    x, w, extra, w_tiles, extra_tiles, ready, slot, first, second, k, enabled,
     EXTRA_N: gl.constexpr,
 ):  # fmt: skip
-    """Ask for the next block of the sum, into the place `slot`."""
+    """Ask for the next block of w, into the place `slot`, which is to wait for that of x too."""
     bar = ready.index(slot)
     size: gl.constexpr = x.block_type.nbytes + w.block_type.nbytes
     if EXTRA_N > 0:
         mbarrier.expect(bar, size + extra.block_type.nbytes, pred=enabled)
     else:
         mbarrier.expect(bar, size, pred=enabled)
-    tma.async_copy_global_to_shared(x, [top, k], bar, x_tiles.index(slot), pred=enabled)
     tma.async_copy_global_to_shared(w, [first, k], bar, w_tiles.index(slot), pred=enabled)
     if EXTRA_N > 0:
         tma.async_copy_global_to_shared(
@@ -99,37 +111,56 @@ def _finish(  # noqa: ANN202
     sums, top, first, M, N, x_scale, w_scale, bias, residual, residual_stride, out_scale, y,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    PIECE: gl.constexpr,
     STORED: gl.constexpr,
+    LINE: gl.constexpr,
     SMALL: gl.constexpr,
     X_STEP: gl.constexpr,
     W_STEP: gl.constexpr,
     OUT_STEP: gl.constexpr,
 ):  # fmt: skip
-    """Scale the sums, do what follows, and write the tile."""
-    row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
-    column = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    x_factor = gl.load(x_scale + row * X_STEP, mask=row < M, other=1.0)
-    w_factor = gl.load(w_scale + column * W_STEP, mask=column < N, other=1.0)
-    scale = x_factor[:, None] * w_factor[None, :]
-    value = sums.to(gl.float32) * scale if SMALL else times_scale(sums, scale)
-    if bias is not None:
-        value += gl.load(bias + column, mask=column < N, other=0.0)[None, :]
-    inside = (row < M)[:, None] & (column < N)[None, :]
-    line = row.to(gl.int64)[:, None]
-    if residual is not None:
-        address = residual + line * residual_stride + column[None, :]
-        value = gl.load(address, mask=inside, other=0.0) + value
-    if out_scale is not None:
-        factor = gl.load(out_scale + column * OUT_STEP, mask=column < N, other=1.0)
-        # Rows of 16 bytes a thread.
-        q = gl.convert_layout(to_int8(value, inverse_of(factor)[None, :]), STORED)
-        row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, STORED))
-        column = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STORED))
-        inside = (row < M)[:, None] & (column < N)[None, :]
-        gl.store(y + row.to(gl.int64)[:, None] * N + column[None, :], q, mask=inside)
+    """Scale the sums, do what follows, and write the tile: halves apart down to 64 columns."""
+    if BLOCK_N > 64:
+        HALF: gl.constexpr = BLOCK_N // 2
+        left, right = sums.reshape([BLOCK_M, 2, HALF]).permute(0, 2, 1).split()
+        _finish(
+            left, top, first, M, N, x_scale, w_scale, bias, residual, residual_stride, out_scale, y,
+            BLOCK_M, HALF, PIECE, STORED, LINE, SMALL, X_STEP, W_STEP, OUT_STEP,
+        )  # fmt: skip
+        _finish(
+            right, top, first + HALF, M, N, x_scale, w_scale, bias, residual, residual_stride,
+            out_scale, y, BLOCK_M, HALF, PIECE, STORED, LINE, SMALL, X_STEP, W_STEP, OUT_STEP,
+        )  # fmt: skip
     else:
-        gl.store(y + line * N + column[None, :], value, mask=inside)
+        sums = gl.convert_layout(sums, PIECE, assert_trivial=True)
+        row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, PIECE))
+        column = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, PIECE))
+        # What there is one of a column each thread loads and inverts a share of.
+        one = first + gl.arange(0, BLOCK_N, layout=LINE)
+        w_factor = gl.load(w_scale + one * W_STEP, mask=one < N, other=1.0)
+        w_factor = gl.convert_layout(w_factor, gl.SliceLayout(0, PIECE))
+        x_factor = gl.load(x_scale + row * X_STEP, mask=row < M, other=1.0)
+        scale = x_factor[:, None] * w_factor[None, :]
+        value = sums.to(gl.float32) * scale if SMALL else times_scale(sums, scale)
+        if bias is not None:
+            shift = gl.load(bias + one, mask=one < N, other=0.0)
+            value += gl.convert_layout(shift, gl.SliceLayout(0, PIECE))[None, :]
+        inside = (row < M)[:, None] & (column < N)[None, :]
+        line = row.to(gl.int64)[:, None]
+        if residual is not None:
+            address = residual + line * residual_stride + column[None, :]
+            value = gl.load(address, mask=inside, other=0.0) + value
+        if out_scale is not None:
+            inverse = inverse_of(gl.load(out_scale + one * OUT_STEP, mask=one < N, other=1.0))
+            inverse = gl.convert_layout(inverse, gl.SliceLayout(0, PIECE))
+            # Rows of 16 bytes a thread.
+            q = gl.convert_layout(to_int8(value, inverse[None, :]), STORED)
+            row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, STORED))
+            column = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STORED))
+            inside = (row < M)[:, None] & (column < N)[None, :]
+            gl.store(y + row.to(gl.int64)[:, None] * N + column[None, :], q, mask=inside)
+        else:
+            gl.store(y + line * N + column[None, :], value, mask=inside)
 
 
 @gluon.jit
@@ -147,8 +178,11 @@ def linear_kernel(  # noqa: C901
     GROUP: gl.constexpr,
     LAYOUT: gl.constexpr,
     EXTRA_LAYOUT: gl.constexpr,
+    PIECE: gl.constexpr,
+    EXTRA_PIECE: gl.constexpr,
     STORED: gl.constexpr,
     EXTRA_STORED: gl.constexpr,
+    LINE: gl.constexpr,
     CHAIN: gl.constexpr,
 ):  # fmt: skip
     """`_linear_kernel` of `ssmc.kernels.matmul`; x, w, extra are descriptors of their tiles."""
@@ -165,13 +199,15 @@ def linear_kernel(  # noqa: C901
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-    await_inputs(CHAIN)
     blocks = gl.cdiv(K, BLOCK_K)
     for i in gl.static_range(STAGES - 1):
-        _copy(
-            x, w, extra, x_tiles, w_tiles, extra_tiles, ready, i, top, first, second, i * BLOCK_K,
-            i < blocks, EXTRA_N,
+        _copy_w(
+            x, w, extra, w_tiles, extra_tiles, ready, i, first, second, i * BLOCK_K, i < blocks,
+            EXTRA_N,
         )  # fmt: skip
+    await_inputs(CHAIN)
+    for i in gl.static_range(STAGES - 1):
+        _copy_x(x, x_tiles, ready, i, top, i * BLOCK_K, i < blocks)
     sums = gl.zeros((BLOCK_M, BLOCK_N), gl.int32, layout=LAYOUT)
     if EXTRA_N > 0:
         more = gl.zeros((BLOCK_M, EXTRA_N), gl.int32, layout=EXTRA_LAYOUT)
@@ -191,10 +227,11 @@ def linear_kernel(  # noqa: C901
         # The block before this one has been multiplied: its place is free.
         before = gl.where(slot == 0, STAGES - 1, slot - 1)
         ahead = i + STAGES - 1
-        _copy(
-            x, w, extra, x_tiles, w_tiles, extra_tiles, ready, before, top, first, second,
-            ahead * BLOCK_K, ahead < blocks, EXTRA_N,
+        _copy_w(
+            x, w, extra, w_tiles, extra_tiles, ready, before, first, second, ahead * BLOCK_K,
+            ahead < blocks, EXTRA_N,
         )  # fmt: skip
+        _copy_x(x, x_tiles, ready, before, top, ahead * BLOCK_K, ahead < blocks)
         slot += 1
         if slot == STAGES:
             slot = 0
@@ -207,10 +244,11 @@ def linear_kernel(  # noqa: C901
         mbarrier.invalidate(ready.index(i))
     _finish(
         sums, top, first, M, N, x_scale, w_scale, bias, residual, residual_stride, out_scale, y,
-        BLOCK_M, BLOCK_N, LAYOUT, STORED, SMALL, X_STEP, W_STEP, OUT_STEP,
+        BLOCK_M, BLOCK_N, PIECE, STORED, LINE, SMALL, X_STEP, W_STEP, OUT_STEP,
     )  # fmt: skip
     if EXTRA_N > 0:
         _finish(
             more, top, second, M, N, x_scale, w_scale, bias, residual, residual_stride, out_scale,
-            y, BLOCK_M, EXTRA_N, EXTRA_LAYOUT, EXTRA_STORED, SMALL, X_STEP, W_STEP, OUT_STEP,
+            y, BLOCK_M, EXTRA_N, EXTRA_PIECE, EXTRA_STORED, LINE, SMALL, X_STEP, W_STEP,
+            OUT_STEP,
         )  # fmt: skip

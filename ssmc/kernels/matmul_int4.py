@@ -11,17 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmc.kernels.arithmetic import inverse_of
 from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.prefetch import prefetch_rows
 from ssmc.kernels.tiles import (
     Tiling,
     flat,
-    multiply,
+    load_vector,
     processors,
     row_scale,
     step,
     store_result,
     tile_of,
-    zeros,
 )
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -136,25 +137,26 @@ def _few_rows(
     y: Tensor,
     tiling: Tiling | None,
 ) -> None:
-    height = triton.next_power_of_2(x.shape[0])
-    # As many sums a thread, whatever the number of rows.
-    how = tiling or Tiling(block_n=max(4, 8 // height), block_k=512, warps=4)
+    groups = w_scale.shape[1]
+    half = w_q.shape[1] // groups
+    block_h = triton.next_power_of_2(half)
+    how = tiling or Tiling(block_n=16, block_k=256, warps=4)
     launch(
         _int4_few_rows_kernel,
-        (triton.cdiv(w_q.shape[0], how.block_n),),
+        (triton.cdiv(w_q.shape[0], how.block_n), x.shape[0]),
         x,
         w_q.contiguous(),
         w_scale.contiguous(),
         bias,
         y,
-        x.shape[0],
         w_q.shape[0],
-        w_scale.shape[1],
+        groups,
         x.stride(0),
-        HALF=w_q.shape[1] // w_scale.shape[1],
-        ROWS=height,
+        HALF=half,
+        BLOCK_H=block_h,
+        BLOCK_G=max(1, how.block_k // block_h),
         BLOCK_N=how.block_n,
-        BLOCK_K=how.block_k,
+        PREFETCH=w_q.shape[1] % 64 == 0 and w_q.data_ptr() % 16 == 0,
         num_warps=how.warps,
         device=x.device,
     )
@@ -192,6 +194,44 @@ def unpack(packed):
             is_pure=True,
             pack=4,
         )
+    return low, high
+
+
+@triton.jit
+def unpack_floats(packed):
+    """As `unpack`, in float32.
+
+    With a byte v below the pattern of 2^23 stands 2^23 + v: no conversion, which a slow unit does.
+    """
+    if _INTERPRETED:
+        low = (packed & 15).to(tl.float32) - 8.0
+        high = (packed >> 4).to(tl.float32) - 8.0
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 part;
+            and.b32 part, $8, 0x0F0F0F0F;
+            prmt.b32 $0, part, 0x4B000000, 0x7440;
+            prmt.b32 $1, part, 0x4B000000, 0x7441;
+            prmt.b32 $2, part, 0x4B000000, 0x7442;
+            prmt.b32 $3, part, 0x4B000000, 0x7443;
+            shr.u32 part, $8, 4;
+            and.b32 part, part, 0x0F0F0F0F;
+            prmt.b32 $4, part, 0x4B000000, 0x7440;
+            prmt.b32 $5, part, 0x4B000000, 0x7441;
+            prmt.b32 $6, part, 0x4B000000, 0x7442;
+            prmt.b32 $7, part, 0x4B000000, 0x7443;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [packed],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+        low -= 8388616.0
+        high -= 8388616.0
     return low, high
 
 
@@ -258,16 +298,18 @@ def _int4_kernel(  # noqa: ANN202
             part = tl.dot(low.to(_OPERAND), tl.trans(to_bfloat16(x_low).to(_OPERAND)))
             part = tl.dot(high.to(_OPERAND), tl.trans(to_bfloat16(x_high).to(_OPERAND)), part)
         else:
-            part = zeros(BLOCK_M, BLOCK_N, tl.int32, True)
-            part = multiply(x_low, low, part, True)
-            part = multiply(x_high, high, part, True)
+            part = tl.dot(low, tl.trans(x_low), out_dtype=tl.int32)
+            part = tl.dot(high, tl.trans(x_high), part, out_dtype=tl.int32)
         total += part.to(tl.float32) * factor[:, None]
     value = tl.trans(total)
     if x_scale is not None:
         value = value * tl.load(x_scale + row * X_STEP, mask=row < M, other=1.0)[:, None]
     if bias is not None:
         value += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
-    store_result(value, row, column, M, N, residual, residual_stride, out_scale, y, OUT_STEP)
+    inverse = None
+    if out_scale is not None:
+        inverse = inverse_of(load_vector(out_scale, column, N, OUT_STEP))
+    store_result(value, row, column, M, N, residual, residual_stride, inverse, y)
 
 
 @triton.jit
@@ -277,41 +319,48 @@ def _int4_few_rows_kernel(  # noqa: ANN202
     w_scale,
     bias,
     y,
-    M,
     N,
     GROUPS,
     x_stride,
     HALF: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    left = tl.program_id(0) * BLOCK_N
+    if PREFETCH:
+        prefetch_rows(w, left, N, GROUPS * HALF, BLOCK_N, CHAIN)
+    column = left + tl.arange(0, BLOCK_N)
     known = tl.minimum(column, N - 1).to(tl.int64)
-    row = tl.arange(0, ROWS)
-    x_line = x + tl.minimum(row, M - 1).to(tl.int64)[:, None] * x_stride
-    w_line = w + known[:, None] * (GROUPS * HALF)
+    row = tl.program_id(1).to(tl.int64)
+    group = tl.arange(0, BLOCK_G)
+    place = tl.arange(0, BLOCK_H)
+    x_line = x + row * x_stride + place[None, :]
+    w_line = w + known[:, None, None] * (GROUPS * HALF) + place[None, None]
+    scale_line = w_scale + known[:, None] * GROUPS
     await_inputs(CHAIN)
     # Kept apart by place in the block until the end: one sum across threads instead of one a block.
-    total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, GROUPS * HALF, BLOCK_K):
-        place = start + tl.arange(0, BLOCK_K)
-        mask = (place < GROUPS * HALF)[None, :]
-        group = place // HALF
-        packed = tl.load(w_line + place[None, :], mask=mask, other=0)
-        factor = tl.load(w_scale + known[:, None] * GROUPS + group[None, :], mask=mask, other=0.0)
-        address = x_line + (place + group * HALF)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_G, BLOCK_H), tl.float32)
+    for start in range(0, GROUPS, BLOCK_G):
+        this = start + group
+        known_group = this < GROUPS
+        # What stands for a group that does not exist is no matter: its factor is 0.
+        w_address = w_line + tl.minimum(this, GROUPS - 1)[None, :, None] * HALF
+        if HALF == BLOCK_H:
+            packed = tl.load(w_address)
+        else:
+            packed = tl.load(w_address, mask=place[None, None] < HALF, other=0)
+        factor = tl.load(scale_line + this[None, :], mask=known_group[None, :], other=0.0)
+        address = x_line + this[:, None] * (2 * HALF)
+        mask = known_group[:, None] & (place < HALF)[None, :]
         x_low = to_bfloat16(tl.load(address, mask=mask, other=0.0)).to(tl.float32)
         x_high = to_bfloat16(tl.load(address + HALF, mask=mask, other=0.0)).to(tl.float32)
-        low, high = unpack(packed)
-        # q * scale has 4 + 8 significant bits: exact.
-        low_weight = low.to(tl.float32) * factor
-        high_weight = high.to(tl.float32) * factor
-        total = tl.fma(x_low[:, None, :], low_weight[None, :, :], total)
-        total = tl.fma(x_high[:, None, :], high_weight[None, :, :], total)
-    value = tl.sum(total, 2)
+        low, high = unpack_floats(packed)
+        part = tl.fma(tl.broadcast_to(x_high[None], high.shape), high, x_low[None] * low)
+        total = tl.fma(part, tl.broadcast_to(factor[:, :, None], part.shape), total)
+    value = tl.sum(tl.sum(total, 2), 1)
     if bias is not None:
-        value += tl.load(bias + column, mask=column < N, other=0.0)[None, :]
-    address = y + row[:, None] * N + column[None, :]
-    tl.store(address, value, mask=(row < M)[:, None] & (column < N)[None, :])
+        value += tl.load(bias + column, mask=column < N, other=0.0)
+    tl.store(y + row * N + column, value, mask=column < N)

@@ -1,13 +1,12 @@
-"""Decoding's linear layers: a weight times a few int8 rows, bound by reading the weight once.
+"""Decoding's linear layers: a weight times a few rows, and what makes the rows in front of it.
 
-A program multiplies BLOCK_N rows of the weight. It asks for them before it waits for the kernel in
-front, so that this traffic, which is most of what decoding costs, goes on while small kernels (norm,
-rotation, state update) make the row. That is why those are kernels of their own: repeated by every
-program behind its weight, they would leave the memory idle.
+A program multiplies BLOCK_N rows of the weight. It has all of them in registers before it waits for
+the kernel in front, so that this traffic, which is most of what decoding costs, does not wait. Then
+it makes the int8 row itself, as all programs do: that takes about as long as one launch would.
 """
 
-# Tuples of parts grow in loops that Triton unrolls; it knows no starred expressions.
-# ruff: noqa: RUF005
+# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
+# ruff: noqa: RUF005, SIM108
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations
@@ -20,196 +19,186 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import times_scale
-from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
-from ssmc.kernels.pieces import row_view
+from ssmc.kernels.arithmetic import silu
+from ssmc.kernels.hadamard import Rotation, plan
+from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.matvec_tiles import (
+    inverse_rms,
+    load_group_scales,
+    load_weight,
+    load_words,
+    parts_of,
+    product,
+    quantized,
+    rotated,
+)
+from ssmc.kernels.pieces import load_pieces, row_view, to_float
 
 MAX_ROWS = 8
 """Most rows that one kernel serves: each is a pass of its own over the weight in registers."""
-PROGRAMS = 256
-"""Programs wanted at least, about two for each multiprocessor of a large GPU."""
+WORD = 4
+"""int8 values in an int32: pieces of a row are whole words."""
+PROGRAMS = 132
+"""Programs wanted at least: the multiprocessors of an H200."""
 TILE_BYTES = 40 * 1024
-"""Most bytes of the weight that a program holds."""
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_EIGHTS = tl.constexpr(-0x07070708)  # four bytes of -8
+"""Most bytes of the weight that a program holds: three programs fill a multiprocessor."""
+ROTATED_TILE_BYTES = 160 * 1024
+"""The same where a long row is rotated first: so much work that few programs, one for each
+multiprocessor, shall do it."""
+LONG_ROW = 2048
+"""Rows longer than this are rotated by few programs."""
+ROTATED_ROWS = 2
+"""Most rows whose rotation programs repeat; beyond, it is a kernel of its own."""
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How a weight [N, K] is cut: `parts` words of a row side by side, `block_n` rows a program.
+class Matvec:
+    """How a weight [N, width] is cut into the tiles of programs.
 
-    `group` is the size of a weight's groups of 4 bits, 0 for int8. None of it changes a bit of the
-    result but the order in which groups are summed.
+    `group` is the size of a weight's groups of 4 bits, 0 for int8. A part of `parts` has `columns`
+    words side by side. Rows of a program, warps and the limit of registers change no bit.
     """
 
-    words: int
+    width: int
     parts: tuple[int, ...]
     group: int
+    columns: int
     block_n: int
     warps: int
+    maxnreg: int | None
 
     def constants(self) -> dict[str, Any]:
-        """The compile-time arguments of a kernel that calls `load_weight`."""
+        """The compile-time arguments of a kernel that calls `load_constants`."""
         return {
-            "WORDS": self.words,
+            "K": self.width,
             "PARTS": self.parts,
             "GROUP": self.group,
+            "COLUMNS": self.columns,
             "BLOCK_N": self.block_n,
             "num_warps": self.warps,
             "num_stages": 1,
+            "maxnreg": self.maxnreg,
         }
 
 
-def tiles(
-    x_q: Tensor,
+def matvec(
     w_q: Tensor,
     w_scale: Tensor,
+    rows: int,
+    piece: int = 1,
+    rotated: bool = False,
     block_n: int | None = None,
     num_warps: int | None = None,
-) -> Tiles | None:
-    """The tiles of a product; None where `ssmc.kernels.matmul` serves better, or only it can.
+    maxnreg: int | None = None,
+) -> Matvec | None:
+    """The tiles of a weight; None where the batched kernels serve better, or only they can.
 
-    That takes more than MAX_ROWS rows x_q [rows, K], and operands that are no aligned words.
+    Those take more than MAX_ROWS rows, and weights that are no whole, aligned words. The parts are
+    multiples of `piece`, a power of two. `rotated` says that programs rotate the row first.
     """
     n, row_bytes = w_q.shape
-    group = 2 * row_bytes // w_scale.shape[1] if w_q.dtype == torch.uint8 else 0
-    aligned = all(x.storage_offset() % 4 == 0 for x in (x_q, w_q)) and w_q.is_contiguous()
-    whole = row_bytes % 4 == 0 and x_q.stride(0) % 4 == 0 and not group & (group - 1)
-    if x_q.shape[0] > MAX_ROWS or not aligned or not whole or 0 < group < 8:
+    width, group = row_bytes, 0
+    if w_q.dtype == torch.uint8:
+        width = 2 * row_bytes
+        group = width // w_scale.shape[1]
+    aligned = row_bytes % 4 == 0 and w_q.storage_offset() % 4 == 0 and w_q.is_contiguous()
+    if (
+        rows > (ROTATED_ROWS if rotated else MAX_ROWS)
+        or not aligned
+        or group & (group - 1)
+        or 0 < group < 8
+    ):
         return None
-    words = row_bytes // 4
-    parts = parts_of(words, max(32, group // 8))
-    if block_n is None:
-        block_n = 1
-        while 8 * block_n * sum(parts) <= TILE_BYTES and n >= 2 * block_n * PROGRAMS:
-            block_n *= 2
-    return Tiles(words, parts, group, block_n, num_warps or 4)
+    parts = parts_of(width, max(128, piece, group))
+    held = sum(parts) if group == 0 else sum(parts) // 2
+    long = rotated and width > LONG_ROW
+    most, programs = (ROTATED_TILE_BYTES, PROGRAMS // 2) if long else (TILE_BYTES, PROGRAMS)
+    block_n = block_n or _block_n(n, held, most, programs)
+    warps = num_warps or (8 if long or block_n * held > TILE_BYTES else 4)
+    columns = min(128, min(parts) // (8 if group else 4))
+    # Two programs of eight warps have 128 registers a thread, one of a long row has 255.
+    registers = maxnreg or ((255 if long else 128) if warps == 8 else None)
+    return Matvec(width, parts, group, columns, block_n, warps, registers)
 
 
-def parts_of(width: int, smallest: int, most: int = 3) -> tuple[int, ...]:
-    """At most `most` powers of two, the larger first, whose sum is the least that holds `width`.
-
-    What a row is cut into, as the shapes of tensors in kernels are powers of two: 1,280 is 1,024
-    and 256. All are multiples of `smallest`, itself a power of two; only the last may reach beyond
-    the width.
-    """
-    parts: list[int] = []
-    rest = width
-    while rest > 0:
-        part = 1 << (rest.bit_length() - 1)
-        if part < rest and (len(parts) == most - 1 or part < smallest):
-            part *= 2
-        parts.append(max(part, smallest))
-        rest -= parts[-1]
-    return tuple(parts)
+def _block_n(n: int, row_bytes: int, most: int, programs: int) -> int:
+    """The largest power of two of rows that leaves enough programs and enough registers."""
+    block_n = 1
+    while 2 * block_n * row_bytes <= most and n >= 2 * block_n * programs:
+        block_n *= 2
+    return block_n
 
 
-@triton.constexpr_function
-def start_of(parts, index):
-    """Where part `index` of a row begins."""
-    return sum(parts[:index])
+def piece_of(width: int) -> int:
+    """The width of the pieces in which a row is normed: a divisor, within 128 to 512 values."""
+    return min(512, max(128, width & -width))
 
 
-@triton.jit
-def dot4(a, b, c):
-    """c + the sum of the products of the four int8 values in the words a and b; all int32."""
-    if _INTERPRETED:
-        for byte in tl.static_range(4):
-            c += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
-        return c
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-    )
+def _rotation(how: Rotation) -> dict[str, Any]:
+    constants = how.constants()
+    del constants["STACKED"]
+    return constants
+
+
+def _words(w_q: Tensor) -> Tensor:
+    return w_q.view(torch.int32)
+
+
+def _step(scale: Tensor) -> int:
+    return 0 if scale.numel() == 1 else 1
 
 
 @triton.jit
-def load_weight(
-    words,
-    scale,
-    scale_step,
+def load_constants(
+    w,
+    w_scale,
+    w_scale_step,
     n,
-    WORDS: tl.constexpr,
+    K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Rows n [BLOCK_N] of a weight in parts [BLOCK_N, words], and the scales of rows or groups."""
-    at = words + n.to(tl.int64)[:, None] * WORDS
-    weight = ()
-    for p in tl.static_range(len(PARTS)):
-        word = start_of(PARTS, p) + tl.arange(0, PARTS[p])[None, :]
-        if start_of(PARTS, p) + PARTS[p] > WORDS:
-            weight = weight + (tl.load(at + word, mask=word < WORDS, other=0),)
-        else:
-            weight = weight + (tl.load(at + word),)
+    """What a program knows before its inputs: the weight's rows n and their scales."""
     if GROUP == 0:
-        scales = tl.load(scale + n * scale_step)
+        weight = load_weight(w, n, PARTS, K, 4, COLUMNS)
+        scales = tl.load(w_scale + n * w_scale_step)
     else:
-        scales = ()
-        PER_GROUP: tl.constexpr = GROUP // 8
-        for p in tl.static_range(len(PARTS)):
-            first = start_of(PARTS, p) // PER_GROUP
-            group = first + tl.arange(0, PARTS[p] // PER_GROUP)[None, :]
-            at = scale + n.to(tl.int64)[:, None] * (WORDS // PER_GROUP) + group
-            scales = scales + (tl.load(at, mask=group < WORDS // PER_GROUP, other=0.0),)
+        weight = load_weight(w, n, PARTS, K, 8, COLUMNS)
+        scales = load_group_scales(w_scale, n, PARTS, K, GROUP, COLUMNS)
     return weight, scales
 
 
 @triton.jit
-def product(
-    weight,
-    scales,
-    x,
-    x_scale,
-    WORDS: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """float32 [BLOCK_N]: the weight times the int8 row at x (words), with all scales applied."""
-    if GROUP == 0:
-        sums = _int8_sums(weight[0], x, 0, WORDS)
-        for p in tl.static_range(1, len(PARTS)):
-            sums += _int8_sums(weight[p], x, start_of(PARTS, p), WORDS)
-        return times_scale(sums, tl.load(x_scale) * scales)
+def load_bias(bias, n):
+    """The bias of rows n, or zero where there is none."""
+    if bias is None:
+        return 0.0
     else:
-        total = _int4_sums(weight[0], scales[0], x, 0, WORDS, GROUP)
-        for p in tl.static_range(1, len(PARTS)):
-            total += _int4_sums(weight[p], scales[p], x, start_of(PARTS, p), WORDS, GROUP)
-        return total * tl.load(x_scale)
+        return tl.load(bias + n)
 
 
 @triton.jit
-def _int8_sums(weight, x, START: tl.constexpr, WORDS: tl.constexpr):  # noqa: ANN202
-    """int32 [BLOCK_N]: the products of one part."""
-    word = START + tl.arange(0, weight.shape[1])
-    row = tl.load(x + word, mask=word < WORDS, other=0)
-    row = tl.broadcast_to(row[None, :], weight.shape)
-    return tl.sum(dot4(weight, row, tl.zeros_like(weight)), 1)
+def normed(x, weights, eps, K: tl.constexpr):
+    """`rms_norm` of a row in pieces; `weights` are those of the norm, if any."""
+    squares = ()
+    for i in tl.static_range(len(x)):
+        squares = squares + (x[i] * x[i],)
+    inverse = inverse_rms(squares, K, eps)
+    y = ()
+    for i in tl.static_range(len(x)):
+        if len(weights) == 0:
+            y = y + (x[i] * inverse,)
+        else:
+            y = y + (x[i] * inverse * weights[i],)
+    return y
 
 
 @triton.jit
-def _int4_sums(weight, scales, x, START: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr):  # noqa: ANN202
-    """float32 [BLOCK_N]: the products of one part, scaled group by group.
-
-    A word holds four columns of the first half of its group in the low bits and the same four of
-    the second half in the high ones. The bits are the value plus 8, so that each word's sum begins
-    with -8 times the sum of x.
-    """
-    LENGTH: tl.constexpr = GROUP // 8
-    rows: tl.constexpr = weight.shape[0]
-    words: tl.constexpr = weight.shape[1]
-    word = START + tl.arange(0, words)
-    first = word // LENGTH * (2 * LENGTH) + word % LENGTH
-    low = tl.load(x + first, mask=word < WORDS, other=0)
-    high = tl.load(x + first + LENGTH, mask=word < WORDS, other=0)
-    eights = tl.full([words], _EIGHTS, tl.int32)
-    offset = dot4(high, eights, dot4(low, eights, tl.zeros_like(low)))
-    low = tl.broadcast_to(low[None, :], weight.shape)
-    high = tl.broadcast_to(high[None, :], weight.shape)
-    sums = dot4(weight & 0x0F0F0F0F, low, tl.broadcast_to(offset[None, :], weight.shape))
-    sums = dot4((weight >> 4) & 0x0F0F0F0F, high, sums)
-    sums = tl.sum(tl.reshape(sums, [rows, words // LENGTH, LENGTH]), 2)
-    return tl.sum(sums.to(tl.float32) * scales, 1)
+def _store(y, out, residual, residual_stride, row, n, N):  # noqa: ANN202
+    if residual is not None:
+        y = tl.load(residual + row * residual_stride + n, mask=n < N) + y
+    tl.store(out + row * N + n, y, mask=n < N)
 
 
 @triton.jit
@@ -227,39 +216,187 @@ def _linear_kernel(  # noqa: ANN202
     residual_stride,
     out,
     N,
-    WORDS: tl.constexpr,
+    K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = tl.minimum(n, N - 1)
-    weight, scales = load_weight(w, w_scale, w_scale_step, held, WORDS, PARTS, GROUP)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
     b = load_bias(bias, held)
     await_inputs(CHAIN)
     for row in range(rows):
-        y = product(
-            weight, scales, x + row * x_stride, x_scale + row * x_scale_step, WORDS, PARTS, GROUP
-        )
-        y += b
-        if residual is not None:
-            y = tl.load(residual + row * residual_stride + held) + y
-        tl.store(out + row * N + n, y, mask=n < N)
+        words = load_words(x + row * x_stride, PARTS, K)
+        scale = tl.load(x_scale + row * x_scale_step)
+        y = product(weight, scales, words, scale, GROUP) + b
+        _store(y, out, residual, residual_stride, row, n, N)
 
 
 @triton.jit
-def load_bias(bias, n):
-    """The bias of rows n, or zero where there is none."""
-    if bias is None:
-        return 0.0
+def _norm_kernel(  # noqa: ANN202
+    x,
+    x_stride,
+    norm_weight,
+    eps,
+    rows,
+    w,
+    w_scale,
+    w_scale_step,
+    bias,
+    out,
+    N,
+    PIECE: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = tl.minimum(n, N - 1)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    b = load_bias(bias, held)
+    norm_weights = load_norm(norm_weight, K, PIECE)
+    await_inputs(CHAIN)
+    for row in range(rows):
+        pieces = load_pieces(x + row * x_stride, K, PIECE)
+        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        y = product(weight, scales, words, scale, GROUP) + b
+        _store(y, out, None, 0, row, n, N)
+
+
+@triton.jit
+def load_norm(norm_weight, K: tl.constexpr, PIECE: tl.constexpr):
+    """The weights of a norm in pieces, or nothing where it has none."""
+    if norm_weight is None:
+        return ()
     else:
-        return tl.load(bias + n)
+        return load_pieces(norm_weight, K, PIECE)
 
 
-def step_of(scale: Tensor) -> int:
-    """From one scale to the next: 0 where one serves all."""
-    return 0 if scale.numel() == 1 else 1
+@triton.jit
+def _hadamard_kernel(  # noqa: ANN202
+    x,
+    x_stride,
+    rows,
+    w,
+    w_scale,
+    w_scale_step,
+    bias,
+    residual,
+    residual_stride,
+    out,
+    N,
+    WIDTH: tl.constexpr,
+    SIGNS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    INNER: tl.constexpr,
+    FACTOR: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = tl.minimum(n, N - 1)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    b = load_bias(bias, held)
+    await_inputs(CHAIN)
+    for row in range(rows):
+        pieces = load_pieces(x + row * x_stride, K, WIDTH)
+        words, scale = rotated(pieces, PARTS, SIGNS, DOUBLINGS, INNER, FACTOR)
+        y = product(weight, scales, words, scale, GROUP) + b
+        _store(y, out, residual, residual_stride, row, n, N)
+
+
+@triton.jit
+def _gated_kernel(  # noqa: ANN202
+    x,
+    x_stride,
+    gate,
+    gate_stride,
+    gate_scale,
+    norm_weight,
+    eps,
+    rows,
+    w,
+    w_scale,
+    w_scale_step,
+    bias,
+    residual,
+    residual_stride,
+    out,
+    N,
+    NORM_FIRST: tl.constexpr,
+    SCALE_PER_CHANNEL: tl.constexpr,
+    ROTATE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIGNS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    INNER: tl.constexpr,
+    FACTOR: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = tl.minimum(n, N - 1)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    b = load_bias(bias, held)
+    await_inputs(CHAIN)
+    for row in range(rows):
+        y = load_pieces(x + row * x_stride, K, WIDTH)
+        gates = load_pieces(gate + row * gate_stride, K, WIDTH)
+        # From the cache for each row anew: as many registers as the row itself takes would hold it.
+        norm_weights = load_pieces(norm_weight, K, WIDTH)
+        factors = _gates(gates, gate_scale, SCALE_PER_CHANNEL, K, WIDTH)
+        if NORM_FIRST:
+            y = _multiplied(normed(y, norm_weights, eps, K), factors)
+        else:
+            y = normed(_multiplied(y, factors), norm_weights, eps, K)
+        if ROTATE:
+            words, scale = rotated(y, PARTS, SIGNS, DOUBLINGS, INNER, FACTOR)
+        else:
+            words, scale = quantized(y, PARTS)
+        y = product(weight, scales, words, scale, GROUP) + b
+        _store(y, out, residual, residual_stride, row, n, N)
+
+
+@triton.jit
+def _gates(  # noqa: ANN202
+    gate,
+    gate_scale,
+    SCALE_PER_CHANNEL: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """silu of the pieces of an int8 gate."""
+    factors = ()
+    if SCALE_PER_CHANNEL:
+        channel_scales = load_pieces(gate_scale, K, WIDTH)
+        for i in tl.static_range(len(gate)):
+            factors = factors + (silu(to_float(gate[i]) * channel_scales[i]),)
+    else:
+        for i in tl.static_range(len(gate)):
+            factors = factors + (silu(to_float(gate[i]) * tl.load(gate_scale)),)
+    return factors
+
+
+@triton.jit
+def _multiplied(x, y):  # noqa: ANN202
+    products = ()
+    for i in tl.static_range(len(x)):
+        products = products + (x[i] * y[i],)
+    return products
 
 
 def int8_linear_rows(
@@ -272,13 +409,14 @@ def int8_linear_rows(
     *,
     block_n: int | None = None,
     num_warps: int | None = None,
+    maxnreg: int | None = None,
 ) -> Tensor:
     """`ssmc.ops.int8_linear` of at most MAX_ROWS rows; `kernels.matmul` takes over beyond.
 
     With a residual [..., N] it is `ssmc.ops.int8_linear_add`.
     """
     x = row_view(x_q)
-    how = tiles(x, w_q, w_scale, block_n, num_warps)
+    how = matvec(w_q, w_scale, x.shape[0], 1, False, block_n, num_warps, maxnreg)
     if how is None:
         from ssmc.kernels.matmul import int8_linear, int8_linear_add
 
@@ -291,14 +429,14 @@ def int8_linear_rows(
     launch(
         _linear_kernel,
         (triton.cdiv(n, how.block_n),),
-        x.view(torch.int32),
-        x.stride(0) // 4,
+        x,
+        x.stride(0),
         x_scale,
-        step_of(x_scale),
+        _step(x_scale),
         x.shape[0],
-        w_q.view(torch.int32),
+        _words(w_q),
         w_scale,
-        step_of(w_scale),
+        _step(w_scale),
         bias,
         before,
         0 if before is None else before.stride(0),
@@ -317,13 +455,40 @@ def norm_linear_step(
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
-    **config: int,
+    *,
+    block_n: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
 ) -> Tensor:
-    """Kernels of `ssmc.ops.norm_linear_step`."""
-    from ssmc.kernels.norm import rms_norm_quantize
+    """Kernel of `ssmc.ops.norm_linear_step`; two kernels where `matvec` has no tiles."""
+    flat = row_view(x)
+    m, n = flat.shape[0], w_q.shape[0]
+    piece = piece_of(x.shape[-1])
+    how = matvec(w_q, w_scale, m, piece, False, block_n, num_warps, maxnreg)
+    if how is None:
+        from ssmc.kernels.norm import rms_norm_quantize
 
-    q, scale = rms_norm_quantize(x, norm_weight, eps)
-    return int8_linear_rows(q, scale, w_q, w_scale, bias, **config)
+        return int8_linear_rows(*rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias)
+    out = torch.empty((*x.shape[:-1], n), device=x.device)
+    launch(
+        _norm_kernel,
+        (triton.cdiv(n, how.block_n),),
+        flat,
+        flat.stride(0),
+        norm_weight,
+        eps,
+        m,
+        _words(w_q),
+        w_scale,
+        _step(w_scale),
+        bias,
+        out,
+        n,
+        device=x.device,
+        PIECE=piece,
+        **how.constants(),
+    )
+    return out
 
 
 def hadamard_linear_step(
@@ -333,13 +498,42 @@ def hadamard_linear_step(
     w_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    **config: int,
+    *,
+    block_n: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
 ) -> Tensor:
-    """Kernels of `ssmc.ops.hadamard_linear_step`."""
-    from ssmc.kernels.hadamard import hadamard_quantize
+    """Kernel of `ssmc.ops.hadamard_linear_step`; two kernels where one has no tiles or rotation."""
+    flat, before = row_view(x), row_view(residual)
+    m, n = flat.shape[0], w_q.shape[0]
+    rotation = plan(x.shape[-1], block)
+    how = None
+    if rotation is not None and rotation.width >= WORD:
+        how = matvec(w_q, w_scale, m, rotation.width, True, block_n, num_warps, maxnreg)
+    if how is None or rotation is None:
+        from ssmc.kernels.hadamard import hadamard_quantize
 
-    q, scale = hadamard_quantize(x, block)
-    return int8_linear_rows(q, scale, w_q, w_scale, bias, residual, **config)
+        return int8_linear_rows(*hadamard_quantize(x, block), w_q, w_scale, bias, residual)
+    out = torch.empty((*x.shape[:-1], n), device=x.device)
+    launch(
+        _hadamard_kernel,
+        (triton.cdiv(n, how.block_n),),
+        flat,
+        flat.stride(0),
+        m,
+        _words(w_q),
+        w_scale,
+        _step(w_scale),
+        bias,
+        before,
+        before.stride(0),
+        out,
+        n,
+        device=x.device,
+        **_rotation(rotation),
+        **how.constants(),
+    )
+    return out
 
 
 def gated_norm_linear_step(
@@ -355,12 +549,50 @@ def gated_norm_linear_step(
     w_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    **config: int,
+    *,
+    block_n: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
 ) -> Tensor:
-    """Kernels of `ssmc.ops.gated_norm_linear_step`."""
-    from ssmc.kernels.norm import gated_norm_quantize
+    """Kernel of `ssmc.ops.gated_norm_linear_step`; two kernels also for norms of several groups."""
+    flat, gate, before = row_view(x), row_view(gate_q), row_view(residual)
+    m, n = flat.shape[0], w_q.shape[0]
+    rotation = plan(x.shape[-1], block)
+    how = None
+    if rotation is not None and rotation.width >= WORD and group_size in (None, x.shape[-1]):
+        how = matvec(w_q, w_scale, m, rotation.width, True, block_n, num_warps, maxnreg)
+    if how is None or rotation is None:
+        from ssmc.kernels.norm import gated_norm_quantize
 
-    q, scale = gated_norm_quantize(
-        x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
+        q, scale = gated_norm_quantize(
+            x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
+        )
+        return int8_linear_rows(q, scale, w_q, w_scale, bias, residual)
+    out = torch.empty((*x.shape[:-1], n), device=x.device)
+    launch(
+        _gated_kernel,
+        (triton.cdiv(n, how.block_n),),
+        flat,
+        flat.stride(0),
+        gate,
+        gate.stride(0),
+        gate_scale,
+        weight,
+        eps,
+        m,
+        _words(w_q),
+        w_scale,
+        _step(w_scale),
+        bias,
+        before,
+        before.stride(0),
+        out,
+        n,
+        device=x.device,
+        NORM_FIRST=norm_before_gate,
+        SCALE_PER_CHANNEL=gate_scale.numel() > 1,
+        ROTATE=block > 1,
+        **_rotation(rotation),
+        **how.constants(),
     )
-    return int8_linear_rows(q, scale, w_q, w_scale, bias, residual, **config)
+    return out

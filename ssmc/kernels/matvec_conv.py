@@ -1,6 +1,6 @@
 """in_proj of decoding with the step of the convolution that follows it."""
 
-# Tuples of taps grow in loops that Triton unrolls; it knows no starred expressions.
+# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
 from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.matvec import load_bias, load_weight, product, step_of, tiles
-from ssmc.kernels.norm import rms_norm_quantize
-from ssmc.kernels.pieces import row_view
+from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
+from ssmc.kernels.matvec_tiles import product, quantized
+from ssmc.kernels.pieces import load_pieces, row_view
 from ssmc.ops.conv import ACTIVATIONS
 
 BLOCK_C = 256
@@ -81,7 +81,8 @@ def _step(  # noqa: ANN202
 def _in_proj_kernel(  # noqa: ANN202
     x,
     x_stride,
-    x_scale,
+    norm_weight,
+    eps,
     rows,
     w,
     w_scale,
@@ -104,16 +105,19 @@ def _in_proj_kernel(  # noqa: ANN202
     U,
     TAPS: tl.constexpr,
     SILU: tl.constexpr,
-    WORDS: tl.constexpr,
+    PIECE: tl.constexpr,
+    K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = tl.minimum(n, N - 1)
-    weight, scales = load_weight(w, w_scale, w_scale_step, held, WORDS, PARTS, GROUP)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
     b = load_bias(bias, held)
+    norm_weights = load_norm(norm_weight, K, PIECE)
     q_scale = tl.load(out_scale + held * out_scale_step)
     q_inverse = inverse_of(q_scale)
     c = n - conv_start
@@ -124,8 +128,9 @@ def _in_proj_kernel(  # noqa: ANN202
     for row in range(rows):
         row_state = state + row * ((TAPS - 1) * C)
         history = _load_history(row_state, c, inside, C, TAPS)
-        sums = product(weight, scales, x + row * x_stride, x_scale + row, WORDS, PARTS, GROUP)
-        result = to_int8(sums + b, q_inverse)
+        pieces = load_pieces(x + row * x_stride, K, PIECE)
+        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        result = to_int8(product(weight, scales, words, scale, GROUP) + b, q_inverse)
         tl.store(q + row * N + n, result, mask=n < N)
         _step(
             result,
@@ -210,22 +215,29 @@ def in_proj_conv_step(
     *,
     block_n: int | None = None,
     num_warps: int | None = None,
+    maxnreg: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernels of `ssmc.ops.in_proj_conv_step`; the new state is written over state_q."""
+    """Kernel of `ssmc.ops.in_proj_conv_step`; the new state is written over state_q.
+
+    Norm, product and convolution are kernels of their own where `matvec` has no tiles.
+    """
     if activation not in ACTIVATIONS:
         raise UsageError(f"in_proj_conv_step: unknown activation '{activation}'")
-    x_q, x_scale = rms_norm_quantize(x, norm_weight, eps)
-    flat = row_view(x_q)
+    flat = row_view(x)
     m, n, channels, width = flat.shape[0], w_q.shape[0], conv_w_q.shape[0], u_scale.numel()
+    piece = piece_of(x.shape[-1])
+    how = matvec(w_q, w_scale, m, piece, False, block_n, num_warps, maxnreg)
     u_q = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
     y = torch.empty((*x.shape[:-1], channels - width), device=x.device)
-    conv = (conv_w_q, conv_w_scale, step_of(conv_w_scale), conv_bias, state_q, u_scale)
+    conv = (conv_w_q, conv_w_scale, int(conv_w_scale.numel() > 1), conv_bias, state_q, u_scale)
     shape = {"TAPS": conv_w_q.shape[1], "SILU": activation == "silu"}
-    how = tiles(flat, w_q, w_scale, block_n, num_warps)
     if how is None:
         from ssmc.kernels.matmul import int8_linear_quantize
+        from ssmc.kernels.norm import rms_norm_quantize
 
-        q = int8_linear_quantize(x_q, x_scale, w_q, w_scale, bias, out_scale)
+        q = int8_linear_quantize(
+            *rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias, out_scale
+        )
         part = slice(conv_start, conv_start + channels)
         launch(
             _conv_kernel,
@@ -233,7 +245,7 @@ def in_proj_conv_step(
             row_view(q)[:, part],
             n,
             out_scale[part] if out_scale.numel() > 1 else out_scale,
-            step_of(out_scale),
+            int(out_scale.numel() > 1),
             *conv,
             u_q,
             y,
@@ -248,16 +260,17 @@ def in_proj_conv_step(
     launch(
         _in_proj_kernel,
         (triton.cdiv(n, how.block_n),),
-        flat.view(torch.int32),
-        flat.stride(0) // 4,
-        x_scale,
+        flat,
+        flat.stride(0),
+        norm_weight,
+        eps,
         m,
         w_q.view(torch.int32),
         w_scale,
-        step_of(w_scale),
+        int(w_scale.numel() > 1),
         bias,
         out_scale,
-        step_of(out_scale),
+        int(out_scale.numel() > 1),
         conv_start,
         *conv,
         q,
@@ -267,6 +280,7 @@ def in_proj_conv_step(
         channels,
         width,
         device=x.device,
+        PIECE=piece,
         **shape,
         **how.constants(),
     )

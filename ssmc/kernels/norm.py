@@ -271,6 +271,6 @@ def gated_norm_quantize(
         SCALE_PER_CHANNEL=gate_scale.numel() > 1,
         ROTATE=block > 1,
         **rotation.constants(),
-        num_warps=num_warps or warps_for(m, n),
+        num_warps=num_warps or warps_for(m, n, few=4),
     )
     return q, scale

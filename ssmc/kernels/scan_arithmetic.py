@@ -7,15 +7,6 @@ import triton.language as tl
 
 from ssmc.kernels.arithmetic import LOG2E
 
-_FLOAT_BITS = tl.constexpr(0x4B400000)  # of 1.5 * 2^23: there one unit in the last place is 1
-_FLOAT_BASE = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def float_of(q):
-    """int8 as float32 by two additions: a conversion takes as long as an exponential."""
-    return (q.to(tl.int32) + _FLOAT_BITS).to(tl.float32, bitcast=True) - _FLOAT_BASE
-
 
 @triton.jit
 def scaled(q, scale):

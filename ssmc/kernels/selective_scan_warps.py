@@ -7,64 +7,44 @@ hands what the states need to the channel's other lanes, gets the sum over all s
 stores y. So what belongs to one position and channel is computed once, lanes exchange by shuffles,
 and no warp waits for another.
 
-B and C are the same for all channels: a small kernel in front makes them float32, in the order of
-the scan and the B and C of a state side by side, so that a lane loads its share as one vector.
-
 Loads are a group ahead. Step sizes and gates of the next group are computed between the states of
 this one, which hides how long the operations of the one chain take.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ssmc.kernels.arithmetic import LOG2E
 from ssmc.kernels.launch import await_inputs
-from ssmc.kernels.scan_arithmetic import float_of, parameter, scaled, silu, softplus
+from ssmc.kernels.scan_arithmetic import parameter, scaled, silu, softplus
 
 
-@triton.jit
-def tokens_kernel(
-    B_q,
-    B_scale,
-    C_q,
-    C_scale,
-    tokens,
-    length,
-    states,
-    rows,
-    B_batch,
-    B_row,
-    B_scale_batch,
-    B_scale_row,
-    C_batch,
-    C_row,
-    C_scale_batch,
-    C_scale_row,
-    REVERSE: tl.constexpr,
-    T: tl.constexpr,
-    N: tl.constexpr,
-    CHAIN: tl.constexpr,
-):
-    """`tokens` float32 [batch, rows, N, 2]: B and C in the order of the scan, zeros past the end."""
-    await_inputs(CHAIN)
-    batch = tl.program_id(1).to(tl.int64)
-    step = tl.program_id(0) * T + tl.arange(0, T)
-    state = tl.arange(0, N)
-    inside = step < length
-    mask = inside[:, None] & (state < states)[None, :]
-    at = (length - 1 - step if REVERSE else step).to(tl.int64)
-    B = tl.load(B_q + batch * B_batch + at[:, None] * B_row + state[None, :], mask=mask, other=0)
-    C = tl.load(C_q + batch * C_batch + at[:, None] * C_row + state[None, :], mask=mask, other=0)
-    B_s = tl.load(B_scale + batch * B_scale_batch + at * B_scale_row, mask=inside, other=0.0)
-    C_s = tl.load(C_scale + batch * C_scale_batch + at * C_scale_row, mask=inside, other=0.0)
-    pairs = tl.join(float_of(B) * B_s[:, None], float_of(C) * C_s[:, None])
-    column = tl.arange(0, 2 * N)
-    target = tokens + (batch * rows + step)[:, None] * (2 * N) + column[None, :]
-    tl.store(target, tl.reshape(pairs, (T, 2 * N)), mask=(step < rows)[:, None])
+def constants(
+    states: int, lanes: int | None, num_warps: int | None, narrow: bool, shared: bool
+) -> dict[str, Any] | None:
+    """The kernel's constants; None where a lane would get more than four states to hold."""
+    padded = triton.next_power_of_2(states)
+    lanes = lanes or max(8, padded // 4)
+    share = max(1, padded // lanes)
+    if lanes > 32 or share > 4 or (narrow and (lanes > 16 or share == 1)):
+        return None
+    return {
+        "LANES": lanes,
+        "SHARE": share,
+        "SHARED": shared,
+        "NARROW": narrow,
+        "num_warps": num_warps or 2,
+    }
+
+
+@gluon.jit
+def _append(items, item):  # noqa: ANN202
+    return items + (item,)  # noqa: RUF005 (Triton knows no star)
 
 
 @gluon.jit
@@ -102,7 +82,7 @@ def _exchange(parts, lane, HALF: gl.constexpr):  # noqa: ANN202
     for t in gl.static_range(HALF):
         own = gl.where(upper, parts[t + HALF], parts[t])
         other = gl.where(upper, parts[t], parts[t + HALF])
-        kept = kept + (own + _from_partner(other, HALF),)
+        kept = _append(kept, own + _from_partner(other, HALF))
     return kept
 
 
@@ -116,66 +96,116 @@ def _to_owners(parts, lane, LEVELS: gl.constexpr):  # noqa: ANN202
 
 @gluon.jit
 def _halves(x, COUNT: gl.constexpr):  # noqa: ANN202
-    """Each of COUNT tensors [lanes, columns] as two of half the columns."""
+    """Each of COUNT tensors [rows, columns] as two of half the columns."""
     halves = ()
     for i in gl.static_range(COUNT):
         part = x[i]
         pairs = part.reshape((part.shape[0], 2, part.shape[1] // 2)).permute((0, 2, 1))
         low, high = gl.split(pairs)
-        halves = halves + (low, high)
+        halves = _append(_append(halves, low), high)
     return halves
 
 
 @gluon.jit
-def _columns(x, LEVELS: gl.constexpr, LAYOUT: gl.constexpr):  # noqa: ANN202
-    """The 2^LEVELS columns of x [lanes, columns], each [lanes, 1] in LAYOUT; no data moves."""
+def _columns(x, LAYOUT: gl.constexpr):  # noqa: ANN202
+    """The columns of x [rows, columns], each [rows] in LAYOUT; no data moves."""
+    LEVELS: gl.constexpr = x.shape[1].bit_length() - 1
     parts = (x,)
     for level in gl.static_range(LEVELS):
         parts = _halves(parts, 1 << level)
     columns = ()
     for i in gl.static_range(1 << LEVELS):
-        column = gl.convert_layout(parts[i].reshape((x.shape[0],)), gl.SliceLayout(1, LAYOUT))
-        columns = columns + (column[:, None],)
+        columns = _append(columns, gl.convert_layout(parts[i].reshape((x.shape[0],)), LAYOUT))
     return columns
 
 
 @gluon.jit
-def _load_group(u, dt, z, there):  # noqa: ANN202
-    """The bytes of each lane's position; undefined where it is not `there`."""
-    u_q = gl.load(u, mask=there)
-    dt_q = gl.load(dt, mask=there)
-    z_q = u_q if z is None else gl.load(z, mask=there)
-    return u_q, dt_q, z_q
+def _to_all(board, dt, dt_u, num_warps: gl.constexpr):  # noqa: ANN202
+    """(dt, dt_u) of each position as [1, channels], by way of shared memory.
+
+    One program's warps wait for each other here.
+    """
+    LANES: gl.constexpr = dt.shape[0]
+    CHANNELS: gl.constexpr = 32 // LANES
+    pair: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 2], [LANES, CHANNELS, 1], [1, num_warps, 1], [2, 0, 1]
+    )
+    all_lanes: gl.constexpr = gl.BlockedLayout(
+        [1, 1, LANES, 2], [LANES, CHANNELS, 1, 1], [1, num_warps, 1, 1], [3, 2, 0, 1]
+    )
+    board.store(gl.convert_layout(gl.join(dt, dt_u), pair))
+    read = board.permute((1, 0, 2)).load(gl.SliceLayout(0, all_lanes))
+    all_dt, all_dt_u = gl.split(read)
+    channels: gl.constexpr = gl.SliceLayout(0, dt.type.layout)
+    dts = ()
+    dt_us = ()
+    columns = _columns(all_dt, channels)
+    for t in gl.static_range(LANES):
+        dts = _append(dts, columns[t][None, :])
+    columns = _columns(all_dt_u, channels)
+    for t in gl.static_range(LANES):
+        dt_us = _append(dt_us, columns[t][None, :])
+    return dts, dt_us
 
 
 @gluon.jit
-def _own(  # noqa: ANN202
-    u_q, u_s, dt_q, dt_s, bias, z_q, z_s, there, SOFTPLUS: gl.constexpr, EVEN: gl.constexpr
-):  # fmt: skip
-    """(u, dt, dt u, gate) of each lane's position; a step of zero leaves a state as it is."""
-    u = scaled(u_q, u_s)
-    dt = scaled(dt_q, dt_s) + bias
+def _load_bytes(pointers, there):  # noqa: ANN202
+    """u, dt and, where there is a gate, z of each lane's position; all exist if `there` is None."""
+    loaded = ()
+    for i in gl.static_range(len(pointers)):
+        if there is None:
+            loaded = _append(loaded, gl.load(pointers[i]))
+        else:
+            loaded = _append(loaded, gl.load(pointers[i], mask=there, other=0))
+    return loaded
+
+
+@gluon.jit
+def _moved(pointers, distances):  # noqa: ANN202
+    moved = ()
+    for i in gl.static_range(len(pointers)):
+        moved = _append(moved, pointers[i] + distances[i])
+    return moved
+
+
+@gluon.jit
+def _own(loaded, scales, bias, there, SOFTPLUS: gl.constexpr):  # noqa: ANN202
+    """(dt, dt u, u, gate) of each lane's position; a step of zero leaves a state as it is."""
+    u = scaled(loaded[0], scales[0])
+    dt = scaled(loaded[1], scales[1]) + bias
     if SOFTPLUS:
         dt = softplus(dt)
-    if not EVEN:
+    if there is not None:
         dt = gl.where(there, dt, 0.0)
-    return u, dt, dt * u, silu(scaled(z_q, z_s))
+    gate = u
+    if len(loaded) == 3:
+        gate = silu(scaled(loaded[2], scales[2]))
+    return dt, dt * u, u, gate
 
 
 @gluon.jit
-def scan_kernel(  # noqa: C901
-    u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y, new_state,
-    length, width, states, rows, u_scale_stride, dt_scale_stride, z_scale_stride,
+def _load_tokens(tokens, LANES: gl.constexpr, ROW: gl.constexpr):  # noqa: ANN202
+    """The lanes' shares of B and C at each position of a group."""
+    loaded = ()
+    for t in gl.static_range(LANES):
+        loaded = _append(loaded, gl.load(tokens + t * ROW))
+    return loaded
+
+
+@gluon.jit
+def _scan(  # noqa: ANN202, C901
+    start, u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y,
+    new_state, length, width, states, rows, u_scale_stride, dt_scale_stride, z_scale_stride,
     u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
     SOFTPLUS: gl.constexpr,
     REVERSE: gl.constexpr,
-    EVEN: gl.constexpr,
     LANES: gl.constexpr,
     SHARE: gl.constexpr,
+    SHARED: gl.constexpr,
     num_warps: gl.constexpr,
     CHAIN: gl.constexpr,
 ):  # fmt: skip
-    """Some channels of one sequence; `tokens` is what `tokens_kernel` made, a group past the end.
+    """The channels from `start` on, 32 / LANES a warp.
 
     Tensors are [LANES, channels], one element a lane, except for the vectors of B and C.
     """
@@ -189,7 +219,7 @@ def scan_kernel(  # noqa: C901
     )
     lane = gl.arange(0, LANES, gl.SliceLayout(1, OWN))[:, None]
     channel = gl.arange(0, CHANNELS * num_warps, gl.SliceLayout(0, OWN))[None, :]
-    lane, channel = gl.broadcast(lane, channel + gl.program_id(0) * CHANNELS * num_warps)
+    lane, channel = gl.broadcast(lane, channel + start)
     kept = channel < width
     batch = gl.program_id(1).to(gl.int64)
 
@@ -197,10 +227,12 @@ def scan_kernel(  # noqa: C901
     for i in gl.static_range(SHARE):
         state = lane * SHARE + i
         rate = gl.load(A + channel * states + state, mask=kept & (state < states), other=0.0)
-        rates = rates + (rate * LOG2E,)
-    u_s = parameter(u_scale, u_scale_stride, channel, width)
-    dt_s = parameter(dt_scale, dt_scale_stride, channel, width)
-    z_s = parameter(z_scale, z_scale_stride, channel, width)
+        rates = _append(rates, rate * LOG2E)
+    scales = (
+        parameter(u_scale, u_scale_stride, channel, width),
+        parameter(dt_scale, dt_scale_stride, channel, width),
+        parameter(z_scale, z_scale_stride, channel, width),
+    )
     skip = parameter(D, 1, channel, width)
     bias = parameter(dt_bias, 1, channel, width)
     await_inputs(CHAIN)
@@ -209,80 +241,121 @@ def scan_kernel(  # noqa: C901
     h = ()
     for i in gl.static_range(SHARE):
         if old_state is None:
-            h = h + (rates[i] * 0.0,)
+            h = _append(h, rates[i] * 0.0)
         else:
             state = lane * SHARE + i
-            h = h + (gl.load(old_state + cell + state, mask=kept & (state < states), other=0.0),)
+            h = _append(
+                h, gl.load(old_state + cell + state, mask=kept & (state < states), other=0.0)
+            )
 
-    start = gl.where(REVERSE, length - 1, 0).to(gl.int64)
     sign: gl.constexpr = -1 if REVERSE else 1
-    at = start + sign * lane
-    column = gl.minimum(channel, width - 1)
-    u_q += batch * u_batch + at * u_row + column
-    dt_q += batch * dt_batch + at * dt_row + column
-    if z_q is not None:
-        z_q += batch * z_batch + at * z_row + column
-    y += (batch * length + at) * width + channel
     group: gl.constexpr = sign * LANES
+    at = ((length - 1 if REVERSE else 0) + sign * lane).to(gl.int64)
+    y += (batch * length + at) * width + channel
+    y_move = (group * width).to(gl.int64)
+    column = gl.minimum(channel, width - 1)
+    pointers = (u_q + (batch * u_batch + at * u_row + column),)
+    pointers = _append(pointers, dt_q + (batch * dt_batch + at * dt_row + column))
+    moves = ((group * u_row).to(gl.int64), (group * dt_row).to(gl.int64))
+    if z_q is not None:
+        pointers = _append(pointers, z_q + (batch * z_batch + at * z_row + column))
+        moves = _append(moves, (group * z_row).to(gl.int64))
     vector = gl.arange(0, LANES, gl.SliceLayout(1, VECTORS))[:, None] * VECTOR
     vector += gl.arange(0, VECTOR, gl.SliceLayout(0, VECTORS))[None, :]
     tokens += batch * rows * ROW + vector
 
-    pairs = ()
-    for t in gl.static_range(LANES):
-        pairs = pairs + (gl.load(tokens + t * ROW),)
-    step = lane
-    there = step < length
-    u_b, dt_b, z_b = _load_group(u_q, dt_q, z_q, there)
-    u, dt, dt_u, gate = _own(u_b, u_s, dt_b, dt_s, bias, z_b, z_s, there, SOFTPLUS, EVEN)
-    u_q += group * u_row
-    dt_q += group * dt_row
-    if z_q is not None:
-        z_q += group * z_row
-    next_there = step + LANES < length
-    u_b, dt_b, z_b = _load_group(u_q, dt_q, z_q, next_there)
-    for first in range(0, length, LANES):
-        next_u, next_dt, next_dt_u, next_gate = _own(
-            u_b, u_s, dt_b, dt_s, bias, z_b, z_s, next_there, SOFTPLUS, EVEN
+    if SHARED:
+        board = gl.allocate_shared_memory(
+            gl.float32,
+            [LANES, CHANNELS * num_warps, 2],
+            gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1]),
         )
-        u_q += group * u_row
-        dt_q += group * dt_row
-        if z_q is not None:
-            z_q += group * z_row
-        after = (first + 2 * LANES if EVEN else step + 2 * LANES) < length
-        u_b, dt_b, z_b = _load_group(u_q, dt_q, z_q, after)
-        tokens += LANES * ROW
-        parts = ()
-        next_pairs = ()
-        for t in gl.static_range(LANES):
-            columns = _columns(pairs[t], VECTOR.bit_length() - 1, OWN)
-            next_pairs = next_pairs + (gl.load(tokens + t * ROW),)
-            dt_t = _from_lane(dt, t, LANES)
-            dt_u_t = _from_lane(dt_u, t, LANES)
-            reached = ()
-            part = dt_t
-            for i in gl.static_range(SHARE):
-                decay = gl.exp2(dt_t * rates[i])
-                hidden = gl.fma(decay, h[i], dt_u_t * columns[2 * i])
-                if i == 0:
-                    part = hidden * columns[1]
+    here = _load_tokens(tokens, LANES, ROW)
+    own = _own(_load_bytes(pointers, lane < length), scales, bias, lane < length, SOFTPLUS)
+    pointers = _moved(pointers, moves)
+    loaded = _load_bytes(pointers, lane + LANES < length)
+    # As long as all positions of the group after the next exist nothing is masked.
+    whole = gl.maximum(length // LANES - 2, 0) * LANES
+    for MASKED in gl.static_range(2):
+        for first in range(whole if MASKED else 0, length if MASKED else whole, LANES):
+            step = first + lane
+            there = step + LANES < length if MASKED else None
+            next_own = _own(loaded, scales, bias, there, SOFTPLUS)
+            pointers = _moved(pointers, moves)
+            there = step + 2 * LANES < length if MASKED else None
+            loaded = _load_bytes(pointers, there)
+            tokens += LANES * ROW
+            ahead = ()
+            parts = ()
+            if SHARED:
+                dts, dt_us = _to_all(board, own[0], own[1], num_warps)
+            for t in gl.static_range(LANES):
+                columns = _columns(here[t], gl.SliceLayout(1, OWN))
+                if SHARED:
+                    dt = dts[t]
+                    dt_u = dt_us[t]
                 else:
-                    part = gl.fma(hidden, columns[2 * i + 1], part)
-                reached = reached + (hidden,)
-            h = reached
-            parts = parts + (part,)
-        pairs = next_pairs
-        out = _to_owners(parts, lane, LEVELS)
-        if D is not None:
-            out = gl.fma(u, skip, out)
-        if z_q is not None:
-            out = out * gate
-        gl.store(y, out, mask=kept if EVEN else kept & there)
-        y += group * width
-        step += LANES
-        there = next_there
-        next_there = step + LANES < length
-        u, dt, dt_u, gate = next_u, next_dt, next_dt_u, next_gate
+                    dt = _from_lane(own[0], t, LANES)
+                    dt_u = _from_lane(own[1], t, LANES)
+                reached = ()
+                part = dt
+                for i in gl.static_range(SHARE):
+                    decay = gl.exp2(dt * rates[i])
+                    reached = _append(reached, gl.fma(decay, h[i], dt_u * columns[2 * i][:, None]))
+                    if i == 0:
+                        part = reached[i] * columns[1][:, None]
+                    else:
+                        part = gl.fma(reached[i], columns[2 * i + 1][:, None], part)
+                h = reached
+                ahead = _append(ahead, gl.load(tokens + t * ROW))
+                parts = _append(parts, part)
+            out = _to_owners(parts, lane, LEVELS)
+            if D is not None:
+                out = gl.fma(own[2], skip, out)
+            if z_q is not None:
+                out = out * own[3]
+            gl.store(y, out, mask=kept & (step < length) if MASKED else kept)
+            y += y_move
+            here = ahead
+            own = next_own
     for i in gl.static_range(SHARE):
         state = lane * SHARE + i
         gl.store(new_state + cell + state, h[i], mask=kept & (state < states))
+
+
+@gluon.jit
+def scan_kernel(
+    u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y, new_state,
+    length, width, states, rows, u_scale_stride, dt_scale_stride, z_scale_stride,
+    u_batch, u_row, dt_batch, dt_row, z_batch, z_row, wide,
+    SOFTPLUS: gl.constexpr,
+    REVERSE: gl.constexpr,
+    LANES: gl.constexpr,
+    SHARE: gl.constexpr,
+    SHARED: gl.constexpr,
+    NARROW: gl.constexpr,
+    num_warps: gl.constexpr,
+    CHAIN: gl.constexpr,
+):  # fmt: skip
+    """Some channels of one sequence: programs from `wide` on take half as many as those before.
+
+    `tokens` float32 [batch, rows, N, 2], N = LANES SHARE, are B and C in the order of the scan and
+    go on for a group past the end.
+    """
+    CHANNELS: gl.constexpr = 32 // LANES * num_warps
+    program = gl.program_id(0)
+    if NARROW and program >= wide:
+        start = wide * CHANNELS + (program - wide) * (CHANNELS // 2)
+        _scan(
+            start, u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y,
+            new_state, length, width, states, rows, u_scale_stride, dt_scale_stride,
+            z_scale_stride, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
+            SOFTPLUS, REVERSE, 2 * LANES, SHARE // 2, SHARED, num_warps, CHAIN,
+        )  # fmt: skip
+    else:
+        _scan(
+            program * CHANNELS, u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale,
+            old_state, y, new_state, length, width, states, rows, u_scale_stride, dt_scale_stride,
+            z_scale_stride, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
+            SOFTPLUS, REVERSE, LANES, SHARE, SHARED, num_warps, CHAIN,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmc.kernels.arithmetic import LOG2E, inverse_of, scale_for, times_scale, to_int8
 from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.selective_scan import parameter, silu, softplus
+from ssmc.kernels.scan_arithmetic import parameter, silu, softplus
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import inverse_of, to_int8
+from ssmc.kernels.arithmetic import times_scale, to_int8
 from ssmc.kernels.launch import rows
 
 
@@ -19,11 +19,10 @@ class Tiling:
     """How a product is cut up: launch parameters, none of which changes a bit of the result.
 
     `descriptors` lets the copy engine (TMA) load the tiles, where addresses and strides are
-    multiples of 16 bytes. `swap` computes the transposed tile, so that the weight takes the side of
-    the tensor core's instruction that has 64 rows at least. `prefetch` asks for the weight before
-    the kernel in front has ended. `asynchronous` takes the kernel of `ssmc.kernels.matmul_hopper`
-    where it can run (64 rows of the tile for each 4 warps, on Hopper, aligned as above). `group`
-    tiles of rows share a tile of the weight in the cache.
+    multiples of 16 bytes. `prefetch` asks for the weight before the kernel in front has ended.
+    `asynchronous` takes the kernel of `ssmc.kernels.matmul_hopper` where it can run (64 rows of the
+    tile for each 4 warps, on Hopper, aligned as above). `group` tiles of rows share a tile of the
+    weight in the cache.
     """
 
     block_m: int = 128
@@ -34,7 +33,6 @@ class Tiling:
     stages: int = 3
     group: int = 8
     descriptors: bool = False
-    swap: bool = False
     prefetch: bool = False
     asynchronous: bool = False
 
@@ -106,43 +104,38 @@ def load_tile(
 
 
 @triton.jit
-def multiply(x, w, accumulator, SWAP: tl.constexpr):
-    """accumulator + x @ w.T in int32; kept transposed with SWAP."""
-    if SWAP:
-        result = tl.dot(w, tl.trans(x), accumulator, out_dtype=tl.int32)
-    else:
-        result = tl.dot(x, tl.trans(w), accumulator, out_dtype=tl.int32)
-    return result
+def load_vector(source, index, count, STEP: tl.constexpr):
+    """The values at `index` of a vector of `count`, or of a single one for all (STEP 0)."""
+    return tl.load(source + index * STEP, mask=index < count, other=1.0)
 
 
 @triton.jit
-def zeros(M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, SWAP: tl.constexpr):
-    """An accumulator for [M, N]."""
-    return tl.zeros((N, M), DTYPE) if SWAP else tl.zeros((M, N), DTYPE)
+def rescale(sums, x_factor, w_factor, shift, SMALL: tl.constexpr):
+    """The float32 result [rows, columns] of int32 sums: scaled, then `shift` added if there is one.
+
+    x_factor holds a value a row, w_factor and shift a value a column. SMALL says that every sum is
+    a float32.
+    """
+    scale = x_factor[:, None] * w_factor[None, :]
+    value = sums.to(tl.float32) * scale if SMALL else times_scale(sums, scale)
+    if shift is not None:
+        value += shift[None, :]
+    return value
 
 
 @triton.jit
-def store_result(
-    value,
-    row,
-    column,
-    M,
-    N,
-    residual,
-    residual_stride,
-    out_scale,
-    y,
-    OUT_STEP: tl.constexpr,
-):
-    """Write a float32 tile: as it is, added to the residual, or rounded to int8."""
+def store_result(value, row, column, M, N, residual, residual_stride, inverse, y):
+    """Write a float32 tile: as it is, added to the residual, or rounded to int8.
+
+    `inverse` is None, or holds 1 / scale of the int8 result for each column.
+    """
     inside = (row < M)[:, None] & (column < N)[None, :]
     line = row.to(tl.int64)
     if residual is not None:
         address = residual + line[:, None] * residual_stride + column[None, :]
         value = tl.load(address, mask=inside, other=0.0) + value
     address = y + line[:, None] * N + column[None, :]
-    if out_scale is not None:
-        scale = tl.load(out_scale + column * OUT_STEP, mask=column < N, other=1.0)
-        tl.store(address, to_int8(value, inverse_of(scale)[None, :]), mask=inside)
+    if inverse is not None:
+        tl.store(address, to_int8(value, inverse[None, :]), mask=inside)
     else:
         tl.store(address, value, mask=inside)

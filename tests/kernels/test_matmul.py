@@ -12,12 +12,12 @@ from ssmc.kernels.tiles import Tiling
 from ssmc.ops import int4
 from ssmc.quant.formats import bf16_up, pack_int4
 
-SHAPES = [(63, 80, 100), (20, 64, 96), (9, 33, 7), (130, 48, 160)]
+SHAPES = [(63, 80, 100), (20, 64, 96), (9, 33, 7), (130, 48, 160), (65, 40, 288)]
 TILINGS = [
     None,
     Tiling(32, 32, 0, 64, group=2),
     Tiling(32, 32, 16, 64, descriptors=True, prefetch=True),
-    Tiling(16, 64, 16, 32, swap=True),
+    Tiling(16, 64, 16, 32),
 ]
 
 
@@ -80,13 +80,13 @@ def test_add_and_quantize(
         assert torch.equal(got, ops.int8_linear_quantize(*args, None, out_scale))
 
 
-@pytest.mark.parametrize("fused", [True, False, None])
+@pytest.mark.parametrize("shares", [1, 3, None])
 @pytest.mark.parametrize("sizes", [(12, 4, 4), (48, 16, 16), (7,), (100, 60)])
-def test_split(fused: bool | None, sizes: tuple[int, ...], device: torch.device) -> None:
-    args = operands(21, sum(sizes), 96, device)
+def test_split(shares: int | None, sizes: tuple[int, ...], device: torch.device) -> None:
+    args = operands(21, sum(sizes), 416, device)
     bias = torch.randn(sum(sizes), device=device)
     for extra in (None, bias):
-        got = matmul_split.int8_linear_split(*args, extra, sizes, fused=fused)
+        got = matmul_split.int8_linear_split(*args, extra, sizes, shares=shares)
         expected = ops.int8_linear_split(*args, extra, sizes)
         assert len(got) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

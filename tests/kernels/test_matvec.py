@@ -18,11 +18,11 @@ from ssmc.kernels.matvec import (
     gated_norm_linear_step,
     hadamard_linear_step,
     int8_linear_rows,
+    matvec,
     norm_linear_step,
-    parts_of,
-    tiles,
 )
 from ssmc.kernels.matvec_conv import in_proj_conv_step
+from ssmc.kernels.matvec_tiles import parts_of
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def test_in_proj_conv_without_bias_or_activation(device: torch.device) -> None:
 
 def test_many_rows_take_the_batched_kernels(device: torch.device) -> None:
     w_q, w_scale = weight(20, 64)
-    assert tiles(torch.zeros(9, 64, dtype=torch.int8), w_q, w_scale) is None
+    assert matvec(w_q, w_scale, 9) is None
     args = (torch.randn(9, 1, 64), vector(64), 1e-5, w_q, w_scale, None)
     assert close(run(norm_linear_step, device, *args), ops.norm_linear_step(*args), 1e-3)
     args = (torch.randn(9, 1, 64), 64, w_q, w_scale, None, torch.randn(9, 1, 20))

@@ -77,14 +77,6 @@ def test_prompt_of_bare_operands(device: torch.device) -> None:
     check_prompt(arguments | {"softplus": False}, block_d=4, block_t=8)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_prompt_in_chunks(reverse: bool, device: torch.device) -> None:
-    arguments = prompt(device, 2, 21, 10, 8) | {"reverse": reverse}
-    check_prompt(arguments, block_t=4, chunks=3)
-    del arguments["state"]
-    check_prompt(arguments, block_t=8, chunks=8)
-
-
 def test_prompt_goes_on_from_a_state(device: torch.device) -> None:
     arguments = prompt(device, 1, 12, 8, 8)
     y, state = int8_selective_scan(**arguments)

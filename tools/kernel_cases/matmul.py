@@ -111,100 +111,60 @@ def _tilings(*tilings: Tiling) -> Configs:
 
 
 _PROMPT = _tilings(
-    Tiling(128, 256, 64, 128, warps=8, stages=4, asynchronous=True),
-    Tiling(128, 256, 64, 128, warps=8, stages=3, asynchronous=True),
     Tiling(128, 256, 0, 128, warps=8, stages=4, asynchronous=True),
-    Tiling(128, 128, 32, 128, warps=8, stages=5, asynchronous=True),
-    Tiling(64, 128, 0, 128, warps=4, stages=4, asynchronous=True),
+    Tiling(128, 256, 64, 128, warps=8, stages=4, asynchronous=True),
     Tiling(128, 256, 64, 128, warps=8, stages=3, descriptors=True),
-    Tiling(128, 256, 64, 128, warps=8, stages=3),
-    Tiling(128, 128, 0, 128, warps=4, stages=3, descriptors=True),
+)
+_MAMBA2 = _tilings(
+    Tiling(128, 256, 0, 128, warps=8, stages=4, asynchronous=True),
+    Tiling(128, 256, 64, 128, warps=8, stages=4, asynchronous=True),
+    Tiling(128, 128, 0, 128, warps=8, stages=3, asynchronous=True),
 )
 _NARROW = _tilings(
-    Tiling(128, 64, 16, 128, warps=8, stages=7, asynchronous=True),
     Tiling(64, 128, 32, 128, warps=4, stages=7, asynchronous=True),
-    Tiling(128, 128, 0, 128, warps=4, stages=3, descriptors=True),
-    Tiling(128, 128, 0, 128, warps=8, stages=4, descriptors=True),
-    Tiling(64, 128, 32, 128, warps=4, stages=4, descriptors=True),
-    Tiling(128, 64, 16, 256, warps=4, stages=3, descriptors=True),
-    Tiling(64, 64, 0, 128, warps=4, stages=4, descriptors=True),
+    Tiling(128, 128, 0, 128, warps=8, stages=6, asynchronous=True),
+    Tiling(64, 64, 0, 128, warps=4, stages=4, asynchronous=True),
 )
 _BATCH = _tilings(
     Tiling(64, 64, 16, 256, stages=5, asynchronous=True),
-    Tiling(64, 64, 16, 256, stages=5, descriptors=True, prefetch=True),
     Tiling(64, 64, 16, 256, stages=5, descriptors=True),
-    Tiling(64, 64, 16, 256, stages=5, prefetch=True),
-    Tiling(64, 64, 16, 128, stages=8, descriptors=True, prefetch=True),
-    Tiling(64, 32, 0, 256, stages=3, descriptors=True, prefetch=True),
-    Tiling(32, 64, 16, 256, stages=6, descriptors=True, prefetch=True, swap=True),
+    Tiling(64, 128, 0, 128, stages=4, asynchronous=True),
 )
 _BATCH_OUT = _tilings(
-    Tiling(64, 32, 0, 256, stages=6, descriptors=True, prefetch=True),
-    Tiling(64, 16, 0, 256, stages=5, descriptors=True, prefetch=True),
-    Tiling(32, 32, 0, 256, stages=6, descriptors=True, prefetch=True),
-    Tiling(32, 64, 16, 256, stages=6, descriptors=True, prefetch=True, swap=True),
-    Tiling(16, 64, 16, 256, stages=6, descriptors=True, prefetch=True, swap=True),
-    Tiling(64, 32, 0, 256, stages=6, prefetch=True),
-)
-_SMALL_BATCH = _tilings(
-    Tiling(64, 64, 16, 256, stages=5, asynchronous=True),
-    Tiling(16, 64, 16, 256, stages=6, descriptors=True, prefetch=True, swap=True),
-    Tiling(16, 64, 16, 256, stages=6, descriptors=True, prefetch=True),
-    Tiling(16, 64, 0, 256, stages=6, descriptors=True, prefetch=True, swap=True),
-    Tiling(16, 32, 0, 256, stages=6, descriptors=True, prefetch=True),
-)
-_DT = _tilings(
-    Tiling(128, 128, 0, 64, warps=8, stages=3, asynchronous=True),
-    Tiling(128, 128, 0, 64, warps=4, stages=3, descriptors=True),
-    Tiling(128, 128, 0, 64, warps=8, stages=3, descriptors=True),
-    Tiling(64, 128, 0, 64, warps=4, stages=3, descriptors=True),
-    Tiling(64, 256, 0, 64, warps=4, stages=3, descriptors=True),
-    Tiling(128, 128, 0, 64, warps=4, stages=3),
+    Tiling(64, 16, 0, 256, stages=5, asynchronous=True),
+    Tiling(64, 32, 0, 256, stages=8, asynchronous=True),
 )
 _SPLIT: Configs = (
     {},
-    {"fused": False},
-    {"fused": False, "tiling": Tiling(64, 64, 0, 256, stages=4, descriptors=True)},
-    {"fused": False, "tiling": Tiling(32, 32, 0, 256, stages=6, descriptors=True)},
-    *(
-        {"fused": True, "tiling": tiling}
-        for tiling in (
-            Tiling(16, 128, 64, 256, stages=4, descriptors=True, prefetch=True),
-            Tiling(16, 128, 64, 256, stages=4, descriptors=True, swap=True),
-            Tiling(32, 128, 64, 256, warps=8, stages=3, descriptors=True),
-            Tiling(16, 128, 64, 128, stages=8, descriptors=True),
-        )
-    ),
+    {"shares": 4},
+    {"shares": 8},
+    {"tiling": Tiling(64, 128, 64, 128, stages=5, descriptors=True), "shares": 8},
 )
-_PACKED = _tilings(
-    Tiling(128, 128, warps=8, stages=4),
-    Tiling(128, 128, warps=8, stages=3),
-    Tiling(64, 128, warps=4, stages=4),
-    Tiling(64, 64, warps=4, stages=4),
-)
+_PACKED = _tilings(Tiling(128, 128, warps=8, stages=3), Tiling(64, 64, warps=4, stages=4))
 
 CASES: tuple[Case, ...] = (
     _quantize("in_proj 2.8b", 2048, 10240, 2560, _PROMPT),
     _add("out_proj 2.8b", 2048, 2560, 5120, _PROMPT),
     _quantize("in_proj 2.8b", 512, 10240, 2560, _PROMPT),
     _add("out_proj 2.8b", 512, 2560, 5120, _NARROW),
-    _quantize("dt_proj 2.8b", 2048, 5120, 160, _DT),
-    _quantize("dt_proj 2.8b", 512, 5120, 160, _DT),
+    _quantize("dt_proj 2.8b", 2048, 5120, 160),
+    _quantize("dt_proj 2.8b", 512, 5120, 160),
     _split("x_proj 2.8b", 2048, [160, 16, 16], 5120, _SPLIT),
     _split("x_proj 2.8b", 512, [160, 16, 16], 5120, _SPLIT),
+    _split("x_proj 2.8b", 64, [160, 16, 16], 5120, _SPLIT),
     _quantize("in_proj 2.8b", 64, 10240, 2560, _BATCH),
     _add("out_proj 2.8b", 64, 2560, 5120, _BATCH_OUT),
-    _quantize("dt_proj 2.8b", 64, 5120, 160, _DT),
+    _quantize("dt_proj 2.8b", 64, 5120, 160),
     _linear("x_proj 2.8b", 64, 192, 5120, _BATCH_OUT),
     _linear("head 2.8b", 64, 50280, 2560, _BATCH),
-    _quantize("in_proj 2.8b", 16, 10240, 2560, _SMALL_BATCH),
-    _add("out_proj 2.8b", 16, 2560, 5120, _SMALL_BATCH),
+    _quantize("in_proj 2.8b", 16, 10240, 2560, _BATCH),
+    _add("out_proj 2.8b", 16, 2560, 5120, _BATCH_OUT),
     _quantize("in_proj 2.8b", 256, 10240, 2560, _PROMPT),
-    _quantize("in_proj mamba2 2.7b", 2048, 10576, 2560, _PROMPT),
-    _quantize("in_proj mamba2 2.7b", 512, 10576, 2560),
+    _quantize("in_proj mamba2 2.7b", 2048, 10576, 2560, _MAMBA2),
+    _quantize("in_proj mamba2 2.7b", 512, 10576, 2560, _MAMBA2),
     _quantize("in_proj 130m", 2048, 3072, 768, _NARROW),
     _add("out_proj 130m", 2048, 768, 1536, _NARROW),
-    _split("x_proj 130m", 2048, [48, 16, 16], 1536, ({}, {"fused": True}, {"fused": False})),
+    _split("x_proj 130m", 2048, [48, 16, 16], 1536, _SPLIT),
     _quantize("in_proj 2.8b", 2048, 10240, 2560, _PACKED, bits=4),
     _add("out_proj 2.8b", 64, 2560, 5120, _PACKED, bits=4),
     _int4(2048, 10240, 2560),

@@ -26,9 +26,10 @@ FLIPS = 0.02
 Configs = tuple[dict[str, Any], ...]
 
 
-def _configs(*sweep: tuple[int, int]) -> Configs:
-    """Launch parameters from (rows of a program, warps)."""
-    return tuple({"block_n": n, "num_warps": warps} for n, warps in sweep)
+def _configs(*sweep: tuple[int, int] | tuple[int, int, int]) -> Configs:
+    """Launch parameters from (rows of a program, warps[, limit of registers])."""
+    names = ("block_n", "num_warps", "maxnreg")
+    return tuple(dict(zip(names, values, strict=False)) for values in sweep)
 
 
 def _scale(*shape: int, device: torch.device) -> Tensor:
@@ -180,24 +181,27 @@ def _linear(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: in
     )
 
 
-_WIDE = _configs((16, 4), (8, 4), (32, 8), (16, 8), (4, 4))
+_WIDE = _configs((16, 4), (8, 4), (4, 4))
+_SMALL = _configs((8, 4), (16, 4), (16, 2), (32, 4))
+_ROTATED = _configs((16, 8, 128), (32, 8, 255))
+_FOUR_BITS = _configs((16, 4), (32, 4))
 
 CASES: tuple[Case, ...] = (
     _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, _WIDE),
     _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, (), rows=4),
     _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, (), rows=64),
-    _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, _WIDE, bits=4),
-    _in_proj("130m", 3072, 768, 0, 1536, 1536, _WIDE),
+    _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, _FOUR_BITS, bits=4),
+    _in_proj("130m", 3072, 768, 0, 1536, 1536, _SMALL),
     _in_proj("2-2.7b", 10576, 2560, 5120, 5376, 5120, ()),
-    _hadamard("2.8b", 2560, 5120, _WIDE),
+    _hadamard("2.8b", 2560, 5120, _ROTATED),
     _hadamard("2.8b", 2560, 5120, (), rows=4),
-    _hadamard("2.8b", 2560, 5120, _WIDE, bits=4),
-    _hadamard("130m", 768, 1536, _WIDE),
-    _gated("2-2.7b", 2560, 5120, ()),
+    _hadamard("2.8b", 2560, 5120, _ROTATED, bits=4),
+    _hadamard("130m", 768, 1536, _SMALL),
+    _gated("2-2.7b", 2560, 5120, _ROTATED),
     _norm("head 2.8b", 50280, 2560, _WIDE),
     _norm("head 2.8b", 50280, 2560, (), bits=4),
-    _norm("head 130m", 50280, 768, _WIDE),
-    _linear("x_proj 2.8b", 192, 5120, _configs((1, 4), (2, 4), (1, 2))),
+    _norm("head 130m", 50280, 768, _configs((32, 4), (64, 4))),
+    _linear("x_proj 2.8b", 192, 5120, _configs((1, 4), (2, 4))),
     _linear("x_proj 2.8b", 192, 5120, (), bits=4),
     _linear("x_proj 2.8b", 192, 5120, (), rows=4),
 )
