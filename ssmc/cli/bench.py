@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ssmc.bench.report import Report
     from ssmc.bench.sizes import Size
     from ssmc.bench.subjects import Subject
+    from ssmc.recipe import Recipe
 
 
 def run(
@@ -37,6 +38,9 @@ def run(
     ] = None,
     scheme: Annotated[
         str | None, typer.Option(help="Of --random-weights (w8a8, as in ssmc compile).")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="Of --random-weights (hadamard,percentile).")
     ] = None,
     baseline_dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16 or float32 (as published).")
@@ -60,6 +64,7 @@ def run(
     import torch
 
     from ssmc.bench.measure import Plan, measure
+    from ssmc.bench.random_model import random_recipe
     from ssmc.bench.report import Report, check_plot
     from ssmc.device import find_device, running_on
 
@@ -81,9 +86,11 @@ def run(
     torch.manual_seed(drawn)
     with running_on(place):
         if published is None:
-            subjects = [_given(target, scheme, backend, place)]
+            subjects = [_given(target, scheme or passes, backend, place)]
         else:
-            subjects = [_random(published, scheme or "w8a8", backend, place, drawn)]
+            recipe = random_recipe(scheme or "w8a8", passes, backend, drawn)
+            name = " ".join(filter(None, (published.name, recipe.scheme, passes)))
+            subjects = [_random(name, published, recipe, place)]
         if baseline is not None:
             subjects.append(_other(baseline, published, target, dtype, backend, place))
         with output.progress("measuring") as progress:
@@ -124,14 +131,16 @@ def _size(name: str, target: str | None) -> Size:
     return find_size(name)
 
 
-def _given(target: str | None, scheme: str | None, backend: str, device: torch.device) -> Subject:
+def _given(target: str | None, recipe: str | None, backend: str, device: torch.device) -> Subject:
     """The target, a model or an artefact."""
     from ssmc.errors import UsageError
 
     if target is None:
         raise UsageError("no target", hint="give a model, an artefact, or --random-weights SIZE")
-    if scheme is not None:
-        raise UsageError("--scheme goes with --random-weights", hint="compile the model with it")
+    if recipe is not None:
+        raise UsageError(
+            "--scheme and --passes go with --random-weights", hint="compile the model with them"
+        )
     return _opened(target, backend, device)
 
 
@@ -145,12 +154,12 @@ def _opened(target: str, backend: str, device: torch.device) -> Subject:
     return Traced(target, opened.run, device)
 
 
-def _random(size: Size, scheme: str, backend: str, device: torch.device, seed: int) -> Subject:
+def _random(name: str, size: Size, recipe: Recipe, device: torch.device) -> Subject:
     from ssmc.bench.random_model import compile_random
     from ssmc.bench.subjects import Compiled
 
     output.note(f"compiling a random {size.name}")
-    return Compiled(f"{size.name} {scheme}", compile_random(size, scheme, device, backend, seed))
+    return Compiled(name, compile_random(size, recipe, device))
 
 
 def _checked_baseline(

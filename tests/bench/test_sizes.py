@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssmc.bench import random_model
-from ssmc.bench.random_model import compile_random
+from ssmc.bench.random_model import compile_random, random_recipe
 from ssmc.bench.sizes import SIZES, VOCABULARY, Size, find_size
 from ssmc.errors import UsageError
 
@@ -50,7 +50,7 @@ def test_random_weights_are_those_of_an_untrained_model(layer: str) -> None:
 def test_compiled_random_model(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_model, "LENGTH", 8)
     size = Size("small", layer, 64, 2)  # type: ignore[arg-type]
-    model = compile_random(size, "w8a8", torch.device("cpu"), "cpu", 0)
+    model = compile_random(size, random_recipe("w8a8", None, "cpu", 0), torch.device("cpu"))
     assert model.lowered.kept == []
     assert model.weight_bytes() < 1.2 * VOCABULARY * 64
     logits = model.session(2).prefill(torch.randint(0, VOCABULARY, (2, 5)))
@@ -59,4 +59,4 @@ def test_compiled_random_model(layer: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_scheme_of_a_random_model() -> None:
     with pytest.raises(UsageError, match="scheme 'w8a9'"):
-        compile_random(SIZES["130m"], "w8a9", torch.device("cpu"), "cpu", 0)
+        random_recipe("w8a9", None, "cpu", 0)

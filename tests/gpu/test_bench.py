@@ -9,7 +9,7 @@ import torch
 
 from ssmc.bench.baselines import MambaSsm, find_dtype
 from ssmc.bench.measure import Plan, measure
-from ssmc.bench.random_model import compile_random
+from ssmc.bench.random_model import compile_random, random_recipe
 from ssmc.bench.report import Report
 from ssmc.bench.sizes import VOCABULARY, Size
 from ssmc.bench.subjects import Compiled, Subject
@@ -22,7 +22,9 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize("size", SMALL, ids=lambda size: size.layer)
 def test_measured_models_are_right_and_their_memory_is_known(size: Size, tmp_path: Path) -> None:
-    subjects: list[Subject] = [Compiled("ours", compile_random(size, "w8a8", CUDA, "triton", 0))]
+    subjects: list[Subject] = [
+        Compiled("ours", compile_random(size, random_recipe("w8a8", None, "triton", 0), CUDA))
+    ]
     plan = Plan(ttft=(97,), tpot=True, ttlt=((32, 8),), batches=(1, 5), n=5)
     result = measure(subjects, plan, CUDA)
     assert result.wrong == []
