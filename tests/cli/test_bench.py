@@ -107,7 +107,7 @@ def test_wrong_logits(call: Call, tiny_artefact: Path, monkeypatch: pytest.Monke
         (["TARGET", "--ttlt", "512"], 2, "--ttlt 512"),
         (["TARGET", "--ttlt", "512+0"], 2, "--ttlt 512+0"),
         (["TARGET", "-n", "0"], 2, "-n"),
-        (["TARGET", "--scheme", "w8a8"], 2, "--scheme goes with --random-weights"),
+        (["TARGET", "--scheme", "w8a8"], 2, "--scheme and --passes go with --random-weights"),
         (["TARGET", "--random-weights", "130m"], 2, "stands for the target"),
         (["--random-weights", "28b"], 2, "2.8b"),
         (["TARGET", "--baseline", "TARGET"], 2, "compared with itself"),
