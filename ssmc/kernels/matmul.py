@@ -83,7 +83,7 @@ def operands_of(
 
 _SHAPES = (  # rows, columns in one part, columns in another
     *itertools.product((128,), ((256, 64), (256, 0), (128, 32), (128, 0), (64, 0))),
-    *itertools.product((64,), ((128, 32), (128, 0), (64, 16), (64, 0), (32, 0), (16, 0))),
+    *itertools.product((64,), ((128, 32), (128, 0), (64, 16), (64, 0), (32, 0))),
 )
 
 
@@ -121,6 +121,7 @@ def _tiling(block_m: int, block_n: int, extra_n: int, k: int, alone: bool) -> Ti
     deep = k >= 1024 and block_m + width <= 144 and (alone or width <= 32)
     block_k = 256 if deep else 128 if k > 512 else 64
     large = block_m * width > 128 * 128
+    square = block_m == width == 128 and k >= 2048  # long enough for loads that run far ahead
     room = 230_000 if large or alone else 113_000
     limit = 8 if deep or alone else 4
     return Tiling(
@@ -128,11 +129,10 @@ def _tiling(block_m: int, block_n: int, extra_n: int, k: int, alone: bool) -> Ti
         block_n,
         extra_n,
         block_k,
-        warps=8 if large or (alone and block_m == 128) else 4,
+        warps=8 if large or square or (alone and block_m == 128) else 4,
         stages=max(2, min(limit, room // ((block_m + width) * block_k), -(-k // block_k))),
         descriptors=True,
-        prefetch=width <= 32,
-        asynchronous=alone and width > 32,
+        asynchronous=alone or square or width <= 32,
     )
 
 

@@ -21,6 +21,8 @@ from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
 from ssmc.kernels.scan_arithmetic import parameter, silu, softplus
 
 _TOKENS = 32  # positions a program makes B and C of
+MANY_CHANNELS = 4096
+"""From here on a warp takes four channels, with fewer two: there are warps enough to fill a GPU."""
 
 
 @triton.jit
@@ -200,8 +202,6 @@ def int8_selective_scan(
     *,
     lanes: int | None = None,
     num_warps: int | None = None,
-    narrow: int = 0,
-    shared: bool = False,
     block_d: int | None = None,
     block_t: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -209,9 +209,8 @@ def int8_selective_scan(
 
     u_q, dt_q, z_q [B, L, D] may be views of wider rows. u_scale, dt_scale, z_scale are [] or [D],
     B_scale and C_scale [] or [B, L, 1]. Launch parameters are powers of two: `lanes` of a warp for
-    a channel, `num_warps` a program, `shared` memory instead of shuffles between lanes; about
-    `narrow` channels get twice the lanes, to fill what whole programs leave of a GPU. `block_d`
-    channels and `block_t` positions are a tile of the kernel without lanes, and choose it.
+    a channel, `num_warps` a program; `block_d` channels and `block_t` positions are a tile of the
+    kernel without lanes, and choose it.
     UsageError when z_q and z_scale do not come together.
     """
     if (z_q is None) != (z_scale is None):
@@ -219,22 +218,18 @@ def int8_selective_scan(
     batch, length, width = u_q.shape
     states = A.shape[1]
     device = u_q.device
-    extra: tuple[int, ...] = ()
-    by_lanes = selective_scan_warps.constants(states, lanes, num_warps, narrow > 0, shared)
+    lanes = lanes or (8 if batch * width >= MANY_CHANNELS else 16)
+    by_lanes = selective_scan_warps.constants(states, lanes, num_warps or 1)
     if by_lanes is None or INTERPRETED or block_d is not None or not _takes_gluon(device):
         tile = min(block_t or 16, triton.next_power_of_2(max(length, 1)))
         padded = triton.next_power_of_2(states)
         block_d = block_d or 8
-        programs = triton.cdiv(width, block_d)
         kernel = _scan_kernel
         meta = {"T": tile, "N": padded, "BLOCK_D": block_d, "num_warps": num_warps or 1}
     else:
         tile = 2 * by_lanes["LANES"]
         padded = by_lanes["LANES"] * by_lanes["SHARE"]
         block_d = 32 // by_lanes["LANES"] * by_lanes["num_warps"]
-        wide = triton.cdiv(max(0, width - narrow), block_d)
-        programs = wide + triton.cdiv(max(0, width - wide * block_d), max(1, block_d // 2))
-        extra = (wide,)
         kernel = selective_scan_warps.scan_kernel
         meta = by_lanes
 
@@ -260,10 +255,10 @@ def int8_selective_scan(
     z_strides = (0, 0) if z_q is None else _strides(z_q)
     launch(
         kernel,
-        (programs, batch),
+        (triton.cdiv(width, block_d), batch),
         *(u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, state, y, new_state),
         *(length, width, states, rows, u_scale.dim(), dt_scale.dim()),
-        *(0 if z_scale is None else z_scale.dim(), *_strides(u_q, dt_q), *z_strides, *extra),
+        *(0 if z_scale is None else z_scale.dim(), *_strides(u_q, dt_q), *z_strides),
         device=device,
         SOFTPLUS=softplus,
         REVERSE=reverse,

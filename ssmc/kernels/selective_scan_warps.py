@@ -3,9 +3,8 @@
 A channel has LANES neighbouring lanes of a warp, each with its share of the states, which stay in
 registers for the whole length. The length goes by in groups of LANES positions. In a group each
 lane owns one position of its channel: it loads the position's bytes, computes step size and gate,
-hands what the states need to the channel's other lanes, gets the sum over all states back and
-stores y. So what belongs to one position and channel is computed once, lanes exchange by shuffles,
-and no warp waits for another.
+hands what the states need to the channel's other lanes through shared memory, gets the sum over all
+states back by shuffles and stores y. So what belongs to one position and channel is computed once.
 
 Loads are a group ahead. Step sizes and gates of the next group are computed between the states of
 this one, which hides how long the operations of the one chain take.
@@ -24,41 +23,18 @@ from ssmc.kernels.launch import await_inputs
 from ssmc.kernels.scan_arithmetic import parameter, scaled, silu, softplus
 
 
-def constants(
-    states: int, lanes: int | None, num_warps: int | None, narrow: bool, shared: bool
-) -> dict[str, Any] | None:
+def constants(states: int, lanes: int, num_warps: int) -> dict[str, Any] | None:
     """The kernel's constants; None where a lane would get more than four states to hold."""
     padded = triton.next_power_of_2(states)
-    lanes = lanes or max(8, padded // 4)
-    share = max(1, padded // lanes)
-    if lanes > 32 or share > 4 or (narrow and (lanes > 16 or share == 1)):
+    lanes = max(lanes, padded // 4)
+    if lanes > 32:
         return None
-    return {
-        "LANES": lanes,
-        "SHARE": share,
-        "SHARED": shared,
-        "NARROW": narrow,
-        "num_warps": num_warps or 2,
-    }
+    return {"LANES": lanes, "SHARE": max(1, padded // lanes), "num_warps": num_warps}
 
 
 @gluon.jit
 def _append(items, item):  # noqa: ANN202
     return items + (item,)  # noqa: RUF005 (Triton knows no star)
-
-
-@gluon.jit
-def _from_lane(x, lane, LANES: gl.constexpr):  # noqa: ANN202
-    """x of the channel's lane `lane`, in all of the channel's lanes."""
-    segment: gl.constexpr = ((32 - LANES) << 8) | 31
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, $3, 0xffffffff;",
-        "=f,f,r,r",
-        [x, lane, segment],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -193,21 +169,22 @@ def _load_tokens(tokens, LANES: gl.constexpr, ROW: gl.constexpr):  # noqa: ANN20
 
 
 @gluon.jit
-def _scan(  # noqa: ANN202, C901
-    start, u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y,
+def scan_kernel(  # noqa: C901
+    u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y,
     new_state, length, width, states, rows, u_scale_stride, dt_scale_stride, z_scale_stride,
     u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
     SOFTPLUS: gl.constexpr,
     REVERSE: gl.constexpr,
     LANES: gl.constexpr,
     SHARE: gl.constexpr,
-    SHARED: gl.constexpr,
     num_warps: gl.constexpr,
     CHAIN: gl.constexpr,
 ):  # fmt: skip
-    """The channels from `start` on, 32 / LANES a warp.
+    """Some channels of one sequence, 32 / LANES a warp.
 
-    Tensors are [LANES, channels], one element a lane, except for the vectors of B and C.
+    `tokens` float32 [batch, rows, N, 2], N = LANES SHARE, are B and C in the order of the scan and
+    go on for a group past the end. Tensors are [LANES, channels], one element a lane, except for
+    the vectors of B and C.
     """
     LEVELS: gl.constexpr = LANES.bit_length() - 1
     CHANNELS: gl.constexpr = 32 // LANES
@@ -219,6 +196,7 @@ def _scan(  # noqa: ANN202, C901
     )
     lane = gl.arange(0, LANES, gl.SliceLayout(1, OWN))[:, None]
     channel = gl.arange(0, CHANNELS * num_warps, gl.SliceLayout(0, OWN))[None, :]
+    start = gl.program_id(0) * (CHANNELS * num_warps)
     lane, channel = gl.broadcast(lane, channel + start)
     kept = channel < width
     batch = gl.program_id(1).to(gl.int64)
@@ -264,12 +242,11 @@ def _scan(  # noqa: ANN202, C901
     vector += gl.arange(0, VECTOR, gl.SliceLayout(0, VECTORS))[None, :]
     tokens += batch * rows * ROW + vector
 
-    if SHARED:
-        board = gl.allocate_shared_memory(
-            gl.float32,
-            [LANES, CHANNELS * num_warps, 2],
-            gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1]),
-        )
+    board = gl.allocate_shared_memory(
+        gl.float32,
+        [LANES, CHANNELS * num_warps, 2],
+        gl.SwizzledSharedLayout(1, 1, 1, [2, 0, 1]),
+    )
     here = _load_tokens(tokens, LANES, ROW)
     own = _own(_load_bytes(pointers, lane < length), scales, bias, lane < length, SOFTPLUS)
     pointers = _moved(pointers, moves)
@@ -287,21 +264,16 @@ def _scan(  # noqa: ANN202, C901
             tokens += LANES * ROW
             ahead = ()
             parts = ()
-            if SHARED:
-                dts, dt_us = _to_all(board, own[0], own[1], num_warps)
+            dts, dt_us = _to_all(board, own[0], own[1], num_warps)
             for t in gl.static_range(LANES):
                 columns = _columns(here[t], gl.SliceLayout(1, OWN))
-                if SHARED:
-                    dt = dts[t]
-                    dt_u = dt_us[t]
-                else:
-                    dt = _from_lane(own[0], t, LANES)
-                    dt_u = _from_lane(own[1], t, LANES)
                 reached = ()
-                part = dt
+                part = dts[t]
                 for i in gl.static_range(SHARE):
-                    decay = gl.exp2(dt * rates[i])
-                    reached = _append(reached, gl.fma(decay, h[i], dt_u * columns[2 * i][:, None]))
+                    decay = gl.exp2(dts[t] * rates[i])
+                    reached = _append(
+                        reached, gl.fma(decay, h[i], dt_us[t] * columns[2 * i][:, None])
+                    )
                     if i == 0:
                         part = reached[i] * columns[1][:, None]
                     else:
@@ -321,41 +293,3 @@ def _scan(  # noqa: ANN202, C901
     for i in gl.static_range(SHARE):
         state = lane * SHARE + i
         gl.store(new_state + cell + state, h[i], mask=kept & (state < states))
-
-
-@gluon.jit
-def scan_kernel(
-    u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y, new_state,
-    length, width, states, rows, u_scale_stride, dt_scale_stride, z_scale_stride,
-    u_batch, u_row, dt_batch, dt_row, z_batch, z_row, wide,
-    SOFTPLUS: gl.constexpr,
-    REVERSE: gl.constexpr,
-    LANES: gl.constexpr,
-    SHARE: gl.constexpr,
-    SHARED: gl.constexpr,
-    NARROW: gl.constexpr,
-    num_warps: gl.constexpr,
-    CHAIN: gl.constexpr,
-):  # fmt: skip
-    """Some channels of one sequence: programs from `wide` on take half as many as those before.
-
-    `tokens` float32 [batch, rows, N, 2], N = LANES SHARE, are B and C in the order of the scan and
-    go on for a group past the end.
-    """
-    CHANNELS: gl.constexpr = 32 // LANES * num_warps
-    program = gl.program_id(0)
-    if NARROW and program >= wide:
-        start = wide * CHANNELS + (program - wide) * (CHANNELS // 2)
-        _scan(
-            start, u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, old_state, y,
-            new_state, length, width, states, rows, u_scale_stride, dt_scale_stride,
-            z_scale_stride, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
-            SOFTPLUS, REVERSE, 2 * LANES, SHARE // 2, SHARED, num_warps, CHAIN,
-        )  # fmt: skip
-    else:
-        _scan(
-            program * CHANNELS, u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale,
-            old_state, y, new_state, length, width, states, rows, u_scale_stride, dt_scale_stride,
-            z_scale_stride, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
-            SOFTPLUS, REVERSE, LANES, SHARE, SHARED, num_warps, CHAIN,
-        )  # fmt: skip

@@ -45,7 +45,7 @@ from ssmc.kernels.ssd_operands import (
 
 _PROGRAMS = 396  # three for each multiprocessor of a large GPU
 _REGISTERS = 168  # a thread, of four warps: for three programs a multiprocessor
-_COLUMNS = 32  # of the state a program: four programs a head where there are 128
+_COLUMNS = 64  # of the state a program: two programs a head where there are 128
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def trained(
     name = request.param
     source = name if name == "demo" else str(shared_model(name))
     out = tmp_path_factory.mktemp("artefacts") / name
-    compiled = ssmc.compile(source, samples=8, length=128).save(out)
+    compiled = ssmc.compile(source, samples=8, length=128, device="cuda").save(out)
     model = ssmc.load(compiled, backend="triton", device="cuda")
     assert model.tokenizer is not None
     assert model.eos is not None

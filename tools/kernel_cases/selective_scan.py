@@ -15,24 +15,10 @@ from ssmc.quant.formats import bf16_up, quantize_weight
 
 STATES = 16
 WIDTHS = {"2.8b": (5120, 160), "130m": (1536, 48)}  # d_inner, dt_rank
-_WIDE: tuple[dict[str, Any], ...] = (
+_LANES: tuple[dict[str, Any], ...] = (
     {"lanes": 8, "num_warps": 1},
     {"lanes": 8, "num_warps": 2},
-    {"lanes": 8, "num_warps": 4},
-    {"lanes": 8, "num_warps": 1, "shared": True},
-    {"lanes": 8, "num_warps": 2, "shared": True},
-    # Two warps of four channels on each of 528 schedulers, and one of two channels on most.
-    {"lanes": 8, "num_warps": 4, "narrow": 896},
-    {"lanes": 8, "num_warps": 4, "narrow": 896, "shared": True},
-    {"lanes": 16, "num_warps": 4},
-)
-_NARROW: tuple[dict[str, Any], ...] = (
-    {"lanes": 8, "num_warps": 1},
-    {"lanes": 8, "num_warps": 2},
-    {"lanes": 8, "num_warps": 1, "shared": True},
     {"lanes": 16, "num_warps": 1},
-    {"lanes": 16, "num_warps": 2},
-    {"lanes": 16, "num_warps": 1, "shared": True},
 )
 
 
@@ -99,7 +85,7 @@ def _prompt_case(model: str, length: int) -> Case:
         # A channel and position: N decays, and one exponential each of softplus and gate.
         operations=length * width * (STATES + 2),
         unit="exp",
-        configs=_WIDE if width > 4096 else _NARROW,
+        configs=_LANES,
     )
 
 
