@@ -27,6 +27,7 @@ OPTIONAL = {
     "causal-conv1d": "cuda",
     "fast-hadamard-transform": "cuda",
     "lm-eval": "eval",
+    "matplotlib": "bench",
 }  # fmt: skip
 
 

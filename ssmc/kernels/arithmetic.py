@@ -13,18 +13,13 @@ from ssmc.kernels.launch import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits, half to even
+_ROUND_BITS = tl.constexpr(0x4B400000)
 _TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 
 
 @triton.jit
-def rint(x):
-    """The integer nearest to x, half to even, for |x| < 2^22; float32."""
-    return (x + _ROUND) - _ROUND
-
-
-@triton.jit
 def to_int8(x, inverse):
-    """`quantize_tensor` with the inverse scale given: clamp(rint(x * inverse), -127, 127)."""
+    """`quantize_tensor` with the inverse scale given: clamp(round(x * inverse), -127, 127)."""
     limited = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
     # The sum's low bits are the integer: no conversion, which would go through a slow unit.
     return (limited + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
@@ -59,34 +54,58 @@ def times_scale(accumulator, scale):
 
 
 @triton.jit
+def to_int8_within(x, inverse):
+    """`to_int8` of x with |x * inverse| <= 127, as under a scale for the largest |x|."""
+    return (x * inverse + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def to_float(i):
+    """An integer |i| < 2^22 as float32, without the slow conversion unit."""
+    return (i.to(tl.int32) + _ROUND_BITS).to(tl.float32, bitcast=True) - _ROUND
+
+
+@triton.jit
+def scaled(q, scale):
+    """q * scale of int8 q and a scale of 8 significant bits, by two operations and exact.
+
+    The byte q + 128 as last bits of 2^23 makes 2^23 + 128 + q, which the fused operation scales
+    and takes the first part off; 2^23 + 128 times the scale has 24 bits.
+    """
+    pattern = q.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
+    return tl.fma(pattern.to(tl.float32, bitcast=True), scale, scale * -8388736.0)
+
+
+@triton.jit
 def silu(x):
-    """x / (1 + exp(-x)) to a few units in the last place, without a division."""
-    if _INTERPRETED:
-        return x / (1.0 + tl.exp(-x))
-    power = tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -LOG2E], tl.float32, is_pure=True, pack=1
-    )
-    inverse = tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, is_pure=True, pack=1
-    )
-    return x * inverse
+    """x / (1 + exp(-x)) to a few units in the last place; the division is a squared rsqrt."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return x * (root * root)
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) to a few units in the last place, also where it is tiny.
+    """log(1 + exp(x)) = max(x, 0) + log1p(t), t = exp(-|x|); relative error below 4e-7.
 
-    max(x, 0) + log1p(t) with t = exp(-|x|), and log1p(t) = 2 artanh(s), s = t / (2 + t) <= 1/3,
-    by its series: the logarithm of 1 + t would lose what of t is below the last place of 1.
+    log1p(t) / t for t in 0..1 is the polynomial of the least relative error: no division, and no
+    logarithm, which would lose what of t is below the last place of 1.
     """
-    t = tl.exp(-tl.abs(x))
-    s = t / (2.0 + t)
-    q = s * s
-    p = 2.0 / 15 * q + 2.0 / 13
-    p = p * q + 2.0 / 11
-    p = p * q + 2.0 / 9
-    p = p * q + 2.0 / 7
-    p = p * q + 2.0 / 5
-    p = p * q + 2.0 / 3
-    p = p * q + 2.0
-    return tl.maximum(x, 0.0) + s * p
+    t = tl.exp2(tl.abs(x) * -LOG2E)
+    p = tl.fma(t, -0.008539204, 0.044089616)
+    p = tl.fma(t, p, -0.107681692)
+    p = tl.fma(t, p, 0.177452400)
+    p = tl.fma(t, p, -0.244954623)
+    p = tl.fma(t, p, 0.332754797)
+    p = tl.fma(t, p, -0.499974054)
+    p = tl.fma(t, p, 0.999999806)
+    return tl.fma(t, p, tl.maximum(x, 0.0))
+
+
+@triton.jit
+def parameter(pointer, stride, channel, width):
+    """A parameter a channel (stride 1) or of all (stride 0); zeros where there is none."""
+    if pointer is not None:
+        value = tl.load(pointer + channel * stride, mask=channel < width, other=1.0)
+    else:
+        value = (channel * 0).to(tl.float32)
+    return value

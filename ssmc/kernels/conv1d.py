@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import inverse_of, scale_for, silu, to_int8
+from ssmc.kernels.arithmetic import inverse_of, scale_for, silu, to_float, to_int8, to_int8_within
 from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.pieces import to_float, to_int8_within, unstack
+from ssmc.kernels.pieces import unstack
 from ssmc.ops.conv import ACTIVATIONS, activate, check_conv
 
 _FLOAT, _STATIC, _DYNAMIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import silu
+from ssmc.kernels.arithmetic import silu, to_float
 from ssmc.kernels.hadamard import Rotation, plan
 from ssmc.kernels.launch import await_inputs, launch
 from ssmc.kernels.matvec_tiles import (
@@ -32,7 +32,7 @@ from ssmc.kernels.matvec_tiles import (
     quantized,
     rotated,
 )
-from ssmc.kernels.pieces import load_pieces, row_view, to_float
+from ssmc.kernels.pieces import load_pieces, row_view
 
 MAX_ROWS = 8
 """Most rows that one kernel serves: each is a pass of its own over the weight in registers."""

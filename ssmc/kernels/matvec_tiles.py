@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from ssmc.errors import UsageError
-from ssmc.kernels.arithmetic import inverse_of, scale_for, times_scale
+from ssmc.kernels.arithmetic import inverse_of, scale_for, times_scale, to_int8_within
 from ssmc.kernels.hadamard import rotate_pieces
 from ssmc.kernels.launch import INTERPRETED
-from ssmc.kernels.pieces import absmax_of, stack, to_int8_within
+from ssmc.kernels.pieces import absmax_of, stack
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _EIGHTS = tl.constexpr(-0x07070708)  # four bytes of -8

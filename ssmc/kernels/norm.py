@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.errors import UsageError
-from ssmc.kernels.arithmetic import silu
+from ssmc.kernels.arithmetic import silu, to_float
 from ssmc.kernels.hadamard import plan, rotate_pieces, warps_for
 from ssmc.kernels.launch import await_inputs, launch
 from ssmc.kernels.pieces import (
@@ -22,7 +22,6 @@ from ssmc.kernels.pieces import (
     row_view,
     store_pieces,
     store_quantized,
-    to_float,
 )
 
 

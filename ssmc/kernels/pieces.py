@@ -14,26 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import inverse_of, scale_for
+from ssmc.kernels.arithmetic import inverse_of, scale_for, to_int8_within
 from ssmc.kernels.launch import rows
-
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction bits, half to even
-_ROUND_BITS = tl.constexpr(0x4B400000)
-
-
-@triton.jit
-def to_int8_within(x, inverse):
-    """`to_int8` of x with |x * inverse| <= 127, as under a scale for the largest |x|.
-
-    The low byte of 1.5 * 2^23 + i is the int8 i, so no limit and no conversion is needed.
-    """
-    return (x * inverse + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def to_float(i):
-    """An integer |i| < 2^22 as float32, without the slow conversion unit."""
-    return (i.to(tl.int32) + _ROUND_BITS).to(tl.float32, bitcast=True) - _ROUND
 
 
 @triton.jit

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.kernels import selective_scan_warps
-from ssmc.kernels.arithmetic import LOG2E
+from ssmc.kernels.arithmetic import LOG2E, parameter, silu, softplus
 from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
-from ssmc.kernels.scan_arithmetic import parameter, silu, softplus
 
 _TOKENS = 32  # positions a program makes B and C of
 MANY_CHANNELS = 4096

@@ -18,9 +18,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ssmc.kernels.arithmetic import LOG2E
+from ssmc.kernels.arithmetic import LOG2E, parameter, scaled, silu, softplus
 from ssmc.kernels.launch import await_inputs
-from ssmc.kernels.scan_arithmetic import parameter, scaled, silu, softplus
 
 
 def constants(states: int, lanes: int, num_warps: int) -> dict[str, Any] | None:

@@ -7,9 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import LOG2E, inverse_of, scale_for, times_scale, to_int8
+from ssmc.kernels.arithmetic import (
+    LOG2E,
+    inverse_of,
+    parameter,
+    scale_for,
+    silu,
+    softplus,
+    times_scale,
+    to_int8,
+)
 from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.scan_arithmetic import parameter, silu, softplus
 
 
 @triton.jit

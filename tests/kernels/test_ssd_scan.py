@@ -16,7 +16,6 @@ from ssmc.kernels.ssd_step import ssd_scan_step
 from ssmc.quant.formats import bf16_up
 
 Operands = dict[str, Any]
-STRATEGIES = ("chunks", "segments")
 
 
 def scales(*shape: int, size: float) -> Tensor:
@@ -68,13 +67,12 @@ def check(given: Operands, state_error: float = 4e-6, **how: Any) -> None:
     limits = {name: given.pop(name) for name in ("dt_min", "dt_max", "reverse") if name in given}
     before = None if given["state"] is None else given["state"].clone()
     expected_y, expected_state = ops.int8_ssd_scan(**given, **limits)
-    for strategy in [how.pop("strategy")] if "strategy" in how else STRATEGIES:
-        y, state = int8_ssd_scan(**given, **limits, strategy=strategy, **how)
-        assert y.is_contiguous()
-        assert error(y, expected_y) < 4e-4
-        assert error(state, expected_state) < state_error
-        if before is not None:
-            assert torch.equal(given["state"], before)
+    y, state = int8_ssd_scan(**given, **limits, **how)
+    assert y.is_contiguous()
+    assert error(y, expected_y) < 4e-4
+    assert error(state, expected_state) < state_error
+    if before is not None:
+        assert torch.equal(given["state"], before)
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 63, 200])
@@ -82,21 +80,16 @@ def test_any_length(device: torch.device, length: int) -> None:
     check(operands(device, length, batch=2))
 
 
-@pytest.mark.parametrize("segments", [1, 2, 3, 7])
-def test_segments(device: torch.device, segments: int) -> None:
-    check(operands(device, 100), strategy="segments", chunk=16, segments=segments)
-
-
 @pytest.mark.parametrize("together", [1, 2, 3, 9])
 def test_heads_together(device: torch.device, together: int) -> None:
     given = operands(device, 40, heads=6)
-    check(given, strategy="chunks", chunk=16, together=together)
+    check(given, chunk=16, together=together)
 
 
 @pytest.mark.parametrize("columns", [16, 128])
 def test_columns(device: torch.device, columns: int) -> None:
     given = operands(device, 40, batch=2, rank=50)
-    check(given, strategy="chunks", chunk=16, columns=columns)
+    check(given, chunk=16, columns=columns)
 
 
 def test_published_head(device: torch.device) -> None:
@@ -162,10 +155,9 @@ def test_channels_and_steps_of_very_different_size(device: torch.device) -> None
 def test_zeros(device: torch.device) -> None:
     given = operands(device, 20)
     given["x_q"] = torch.zeros_like(given["x_q"])
-    for strategy in STRATEGIES:
-        y, state = int8_ssd_scan(**(given | {"state": None}), strategy=strategy)
-        assert not y.any()
-        assert not state.any()
+    y, state = int8_ssd_scan(**(given | {"state": None}))
+    assert not y.any()
+    assert not state.any()
 
 
 def test_D_far_above_what_the_positions_give(device: torch.device) -> None:

@@ -107,11 +107,9 @@ def test_a_layer_in_float_is_kept_once() -> None:
 @pytest.mark.parametrize(
     ("architecture", "passes"),
     [
-        ("mamba", "hadamard,percentile"),
         ("mamba", "hadamard,percentile,quantise{weights=4,group=8}"),
         ("falcon", "hadamard,percentile"),
         ("mamba2-groups", "hadamard,percentile"),
-        ("mamba2", "percentile,quantise{weights=4,group=8}"),
     ],
 )
 def test_the_kernels_agree_with_the_simulation(architecture: str, passes: str) -> None:

@@ -98,9 +98,8 @@ CASES: tuple[Case, ...] = (
         {"together": 4},
         {"num_stages": 1},
         {"chunk": 128, "num_warps": 8, "together": 5},
-        {"columns": 64},
+        {"columns": 32},
         {"split": False},
-        {"strategy": "segments", "num_stages": 1},
     ),
     _prompt_case(
         512,
@@ -109,9 +108,8 @@ CASES: tuple[Case, ...] = (
         {"together": 4},
         {"num_stages": 1},
         {"columns": 16},
-        {"columns": 64},
+        {"columns": 32},
         {"split": False},
-        {"strategy": "segments", "num_stages": 1},
     ),
     _step_case(
         1,
