@@ -64,7 +64,7 @@ test: lint
 test-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "there is no CUDA device" >&2; exit 4; }
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu tests/kernels $(PYTEST_ARGS)
+	SSMC_TEST_GPU=1 PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest tests/gpu tests/kernels $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,10 @@ import os
 # Before torch starts its threads: on a busy machine spinning ones steal each other's time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# The tests of `make test` are those of a machine without a GPU, wherever they run.
+if os.environ.get("SSMC_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import random
 import shutil
 from collections.abc import Callable

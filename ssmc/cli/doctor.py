@@ -23,9 +23,8 @@ REQUIRED = (
 )
 OPTIONAL = {
     "triton": "cuda",
-    "mamba-ssm": "cuda",
-    "causal-conv1d": "cuda",
-    "fast-hadamard-transform": "cuda",
+    "mamba-ssm": "baseline",
+    "causal-conv1d": "baseline",
     "lm-eval": "eval",
     "matplotlib": "bench",
 }  # fmt: skip
