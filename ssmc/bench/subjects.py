@@ -6,21 +6,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from ssmc.core import Graph
 from ssmc.runtime import CompiledModel
+from ssmc.runtime.generate import Decoder
 from ssmc.runtime.session import Session
 
 
-class Runner(Protocol):
+class Runner(Decoder, Protocol):
     """The sequences of one batch, with their states."""
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Logits [batch, vocabulary] behind a prompt [batch, length]; valid until the next call."""
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Logits [batch, vocabulary] behind one more token, ids [batch, 1]."""
 
     def reset(self) -> None:
         """Start afresh."""

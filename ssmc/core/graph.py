@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +105,13 @@ class Graph:
             node = self.module.graph.get_attr(name)
         node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
         return node
+
+    def set_state_dtype(self, state: fx.Node, dtype: torch.dtype) -> None:
+        """Let the graph take `state`, one of its placeholders, in another dtype."""
+        state.meta["val"] = state.meta["val"].to(dtype)
+        self.states = tuple(
+            replace(spec, dtype=dtype) if spec.name == state.name else spec for spec in self.states
+        )
 
     def _free_name(self, name: str) -> str:
         taken = {name for name, _ in self.module.named_buffers(remove_duplicate=False)}

@@ -66,13 +66,10 @@ def run_pass(g: Graph, p: Pass, context: Context) -> Record:
     before, expected = Snapshot.of(g), _probe(g, p, context)
     g.matched, g.skipped, g.notes = record.matched, record.skipped, record.notes
     start = time.perf_counter()
-    p.run(g, context)
-    check_graph(g, p.stage)
-    g.finish()
+    apply_pass(g, p, context)
     record.seconds = time.perf_counter() - start
     record.diff = difference(before, Snapshot.of(g))
     if p.stage != "analyse":
-        _invalidate(g, p)
         record.error = _parity(g, p, context, expected)
     return record
 

@@ -32,6 +32,13 @@ def inverse_of(scale):
 
 
 @triton.jit
+def inverse_rms(total, N: tl.constexpr, eps):
+    """1 / sqrt(total / N + eps), every step correctly rounded."""
+    mean = tl.math.div_rn(total, total * 0.0 + N)
+    return tl.math.div_rn(total * 0.0 + 1.0, tl.math.sqrt_rn(mean + eps))
+
+
+@triton.jit
 def scale_for(absmax):
     """`ssmc.quant.formats.scale_for` for 8 bits: bf16_up(absmax / 127), at least 2^-126."""
     pattern = tl.math.div_rn(absmax, absmax * 0.0 + 127.0).to(tl.int32, bitcast=True)

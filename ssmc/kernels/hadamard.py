@@ -21,15 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.pieces import (
-    load_pieces,
-    row_view,
-    stack,
-    store_pieces,
-    store_quantized,
-    unstack,
-)
+from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels.pieces import load_pieces, stack, store_pieces, store_quantized, unstack
 from ssmc.quant.rotation import _base_matrix, _factor, check_block
 
 MAX_PIECES = 128

@@ -21,12 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssmc.kernels import matmul_hopper, matmul_shallow
 from ssmc.kernels.arithmetic import inverse_of
-from ssmc.kernels.launch import await_inputs, can_chain, launch
+from ssmc.kernels.launch import await_inputs, can_chain, launch, row_view
 from ssmc.kernels.matmul_int4 import w4a8_product
-from ssmc.kernels.prefetch import prefetch_rows
 from ssmc.kernels.tiles import (
     Tiling,
-    flat,
     load_tile,
     load_vector,
     processors,
@@ -73,7 +71,7 @@ def operands_of(
 ) -> Operands:
     """The operands of `ssmc.ops.int8_linear`, in two dimensions."""
     return Operands(
-        flat(x_q),
+        row_view(x_q),
         row_scale(x_scale, x_q),
         w_q.contiguous(),
         w_scale.reshape(-1),
@@ -163,7 +161,7 @@ def int8_linear_add(
 ) -> Tensor:
     """`ssmc.ops.int8_linear_add` on a GPU."""
     y = torch.empty(residual.shape, dtype=torch.float32, device=x_q.device)
-    _product(x_q, x_scale, w_q, w_scale, bias, flat(residual), None, y, tiling)
+    _product(x_q, x_scale, w_q, w_scale, bias, row_view(residual), None, y, tiling)
     return y
 
 
@@ -227,8 +225,6 @@ def _product(
     kernel = _linear_kernel
     matrices = loads(operands, how)
     constants = meta(operands, how)
-    constants["weight"] = operands.w
-    constants["PREFETCH"] = how.prefetch and operands.aligned and k % 64 == 0
     if how.asynchronous and matmul_hopper.fits(how) and operands.aligned and can_chain(x_q.device):
         kernel = matmul_hopper.linear_kernel
         matrices = matmul_hopper.descriptors(operands.x, operands.w, how)
@@ -291,7 +287,6 @@ def _linear_kernel(  # noqa: ANN202
     N,
     K,
     residual_stride,
-    weight,
     x_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -300,7 +295,6 @@ def _linear_kernel(  # noqa: ANN202
     EVEN_K: tl.constexpr,
     SMALL: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     X_STEP: tl.constexpr,
     W_STEP: tl.constexpr,
     OUT_STEP: tl.constexpr,
@@ -311,10 +305,6 @@ def _linear_kernel(  # noqa: ANN202
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, WIDTH), GROUP)
     first = tile_n * WIDTH
     second = first + BLOCK_N
-    if PREFETCH:
-        prefetch_rows(weight, first, N, K, BLOCK_N, CHAIN)
-        if EXTRA_N > 0:
-            prefetch_rows(weight, second, N, K, EXTRA_N, CHAIN)
     await_inputs(CHAIN)
     top = tile_m * BLOCK_M
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)

@@ -12,11 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.kernels.arithmetic import inverse_of
-from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.launch import INTERPRETED, await_inputs, launch, row_view
 from ssmc.kernels.prefetch import prefetch_rows
 from ssmc.kernels.tiles import (
     Tiling,
-    flat,
     load_vector,
     processors,
     row_scale,
@@ -41,9 +40,9 @@ def int4_linear(
     """`ssmc.ops.int4_linear` on a GPU."""
     y = torch.empty((*x.shape[:-1], w_q.shape[0]), dtype=torch.float32, device=x.device)
     if x.numel() <= _FEW_ROWS * x.shape[-1]:
-        _few_rows(flat(x), w_q, w_scale, bias, y, tiling)
+        _few_rows(row_view(x), w_q, w_scale, bias, y, tiling)
     else:
-        _product(flat(x), None, w_q, w_scale, bias, None, None, y, tiling)
+        _product(row_view(x), None, w_q, w_scale, bias, None, None, y, tiling)
     return y
 
 
@@ -62,8 +61,10 @@ def w4a8_product(
 
     residual [..., N] is added if there is one; with out_scale [N] or [1], y is int8.
     """
-    extra = None if residual is None else flat(residual)
-    _product(flat(x_q), row_scale(x_scale, x_q), w_q, w_scale, bias, extra, out_scale, y, tiling)
+    extra = None if residual is None else row_view(residual)
+    _product(
+        row_view(x_q), row_scale(x_scale, x_q), w_q, w_scale, bias, extra, out_scale, y, tiling
+    )
 
 
 def _pieces(w_q: Tensor, w_scale: Tensor, limit: int) -> dict[str, Any]:

@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import silu, to_float
+from ssmc.kernels.arithmetic import inverse_rms, silu, to_float
 from ssmc.kernels.hadamard import Rotation, plan
-from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.launch import await_inputs, launch, row_view
 from ssmc.kernels.matvec_tiles import (
-    inverse_rms,
     load_group_scales,
     load_weight,
     load_words,
@@ -32,7 +31,7 @@ from ssmc.kernels.matvec_tiles import (
     quantized,
     rotated,
 )
-from ssmc.kernels.pieces import load_pieces, row_view
+from ssmc.kernels.pieces import load_pieces
 
 MAX_ROWS = 8
 """Most rows that one kernel serves: each is a pass of its own over the weight in registers."""
@@ -181,10 +180,10 @@ def load_bias(bias, n):
 @triton.jit
 def normed(x, weights, eps, K: tl.constexpr):
     """`rms_norm` of a row in pieces; `weights` are those of the norm, if any."""
-    squares = ()
-    for i in tl.static_range(len(x)):
-        squares = squares + (x[i] * x[i],)
-    inverse = inverse_rms(squares, K, eps)
+    squares = x[0] * x[0]
+    for i in tl.static_range(1, len(x)):
+        squares += x[i] * x[i]
+    inverse = inverse_rms(tl.sum(squares), K, eps)
     y = ()
     for i in tl.static_range(len(x)):
         if len(weights) == 0:

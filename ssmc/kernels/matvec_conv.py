@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
-from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.launch import await_inputs, launch, row_view
 from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
 from ssmc.kernels.matvec_tiles import product, quantized
-from ssmc.kernels.pieces import load_pieces, row_view
+from ssmc.kernels.pieces import load_pieces
 from ssmc.ops.conv import ACTIVATIONS
 
 BLOCK_C = 256

@@ -321,13 +321,3 @@ def product(weight, scales, words, x_scale, GROUP: tl.constexpr):
         for p in tl.static_range(1, len(weight)):
             total += _int4_sums(weight[p], scales[p], words[p], GROUP)
         return _one_a_thread(tl.sum(total, 1)) * x_scale
-
-
-@triton.jit
-def inverse_rms(squares, WIDTH: tl.constexpr, eps):
-    """1 / sqrt(mean of WIDTH squares + eps) of the pieces of a row's squares."""
-    total = squares[0]
-    for i in tl.static_range(1, len(squares)):
-        total += squares[i]
-    mean = tl.math.div_rn(tl.sum(total), WIDTH * 1.0)
-    return tl.math.div_rn(mean * 0.0 + 1.0, tl.math.sqrt_rn(mean + eps))

@@ -12,24 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.errors import UsageError
-from ssmc.kernels.arithmetic import silu, to_float
+from ssmc.kernels.arithmetic import inverse_rms, silu, to_float
 from ssmc.kernels.hadamard import plan, rotate_pieces, warps_for
-from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.pieces import (
-    load_piece,
-    load_pieces,
-    piece_width,
-    row_view,
-    store_pieces,
-    store_quantized,
-)
-
-
-@triton.jit
-def _inverse_rms(total, N: tl.constexpr, eps):  # noqa: ANN202
-    """1 / sqrt(total / N + eps), every step correctly rounded."""
-    mean = tl.math.div_rn(total, total * 0.0 + N)
-    return tl.math.div_rn(total * 0.0 + 1.0, tl.math.sqrt_rn(mean + eps))
+from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels.pieces import load_piece, load_pieces, piece_width, store_pieces, store_quantized
 
 
 @triton.jit
@@ -62,7 +48,7 @@ def _norm_kernel(  # noqa: ANN202
     squares = pieces[0] * pieces[0]
     for i in tl.static_range(1, len(pieces)):
         squares += pieces[i] * pieces[i]
-    inverse = _inverse_rms(tl.sum(squares), N, eps)
+    inverse = inverse_rms(tl.sum(squares), N, eps)
     normed = ()
     for i in tl.static_range(len(pieces)):
         y = pieces[i] * inverse
@@ -208,7 +194,7 @@ def _gated_kernel(  # noqa: ANN202
     inverses = ()
     for group in tl.static_range(N // GROUP_SIZE):
         total = _sum_of_group(squares, group, GROUP_SIZE, WIDTH)
-        inverses = inverses + (_inverse_rms(total, GROUP_SIZE, eps),)
+        inverses = inverses + (inverse_rms(total, GROUP_SIZE, eps),)
     pieces = ()
     for i in tl.static_range(len(gated)):
         y = gated[i] * _of_groups(inverses, i, GROUP_SIZE, WIDTH)

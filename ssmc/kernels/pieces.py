@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ssmc.kernels.arithmetic import inverse_of, scale_for, to_int8_within
-from ssmc.kernels.launch import rows
 
 
 @triton.jit
@@ -110,9 +108,3 @@ def unstack(x, STEPS: tl.constexpr):
 def piece_width(n: int, num_warps: int) -> int:
     """The width of pieces of a row of n float32: 16 bytes a thread, or less for a short row."""
     return min(128 * num_warps, triton.next_power_of_2(n))
-
-
-def row_view(x: Tensor) -> Tensor:
-    """x [..., C] as [rows, C] with neighbouring channels; a view where the strides allow it."""
-    x = rows(x)
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -8,8 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.kernels.arithmetic import inverse_of, scale_for, to_int8, to_int8_within
-from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.pieces import row_view
+from ssmc.kernels.launch import await_inputs, launch, row_view
 
 
 @triton.jit

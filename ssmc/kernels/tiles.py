@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.kernels.arithmetic import times_scale, to_int8
-from ssmc.kernels.launch import rows
 
 
 @dataclass(frozen=True)
@@ -19,10 +18,9 @@ class Tiling:
     """How a product is cut up: launch parameters, none of which changes a bit of the result.
 
     `descriptors` lets the copy engine (TMA) load the tiles, where addresses and strides are
-    multiples of 16 bytes. `prefetch` asks for the weight before the kernel in front has ended.
-    `asynchronous` takes the kernel of `ssmc.kernels.matmul_hopper` where it can run (64 rows of the
-    tile for each 4 warps, on Hopper, aligned as above). `group` tiles of rows share a tile of the
-    weight in the cache.
+    multiples of 16 bytes. `asynchronous` takes the kernel of `ssmc.kernels.matmul_hopper` where it
+    can run (64 rows of the tile for each 4 warps, on Hopper, aligned as above). `group` tiles of
+    rows share a tile of the weight in the cache.
     """
 
     block_m: int = 128
@@ -33,18 +31,12 @@ class Tiling:
     stages: int = 3
     group: int = 8
     descriptors: bool = False
-    prefetch: bool = False
     asynchronous: bool = False
 
     @property
     def width(self) -> int:
         """Columns of the result that one program makes."""
         return self.block_n + self.extra_n
-
-
-def flat(x: Tensor) -> Tensor:
-    """x [..., C] as [rows, C] with channels next to one another; a view where that is possible."""
-    return rows(x if x.stride(-1) == 1 else x.contiguous())
 
 
 def row_scale(scale: Tensor, x: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ in another order.)
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import fx
 
@@ -35,17 +33,10 @@ def _conv1d(g: Graph, m: Match) -> fx.Node | None:
     if m.state is not None and m.state.op != "placeholder":
         return g.skip(m.node, "its state is computed in the graph, so it may not be int8")
     if m.state is not None:
-        _make_int8(g, m.state)
+        g.set_state_dtype(m.state, torch.int8)
     activation = operands(m.node)["activation"]
     args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.bias, m.state, activation)
     return g.call("ssmc::int8_causal_conv1d", *args, like=m.node)
-
-
-def _make_int8(g: Graph, state: fx.Node) -> None:
-    state.meta["val"] = state.meta["val"].to(torch.int8)
-    g.states = tuple(
-        replace(spec, dtype=torch.int8) if spec.name == state.name else spec for spec in g.states
-    )
 
 
 def _selective_scan(g: Graph, m: Match) -> fx.Node:

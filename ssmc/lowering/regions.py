@@ -45,10 +45,10 @@ def segments(value: fx.Node) -> list[fx.Node]:
     Else `value` itself is the only one.
     """
     split = only_user(value, "split")
-    if split is None or segment_sizes(split) is None:
+    sizes = segment_sizes(split)
+    if split is None or sizes is None:
         return [value]
     parts = taken(split)
-    sizes = segment_sizes(split) or []
     return [parts[i] for i in range(len(sizes))] if len(parts) == len(sizes) else [value]
 
 

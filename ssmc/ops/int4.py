@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmc.ops.int8 import weight_of
 from ssmc.ops.registry import expect_shape, operator
+from ssmc.quant.formats import dequantize_groups_tensor
 
 
 def _fake(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,5 +23,6 @@ def int4_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
     [N, K / group], bias [N] float32. The products are summed exactly and rounded once.
     """
     _fake(x, w_q, w_scale, bias)
-    y = (x.to(torch.bfloat16).double() @ weight_of(w_q, w_scale).double().T).float()
+    weight = dequantize_groups_tensor(w_q, w_scale)
+    y = (x.to(torch.bfloat16).double() @ weight.double().T).float()
     return y if bias is None else y + bias

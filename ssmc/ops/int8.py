@@ -28,15 +28,6 @@ def _rescale(accumulator: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor
     return y if bias is None else y + bias
 
 
-def weight_of(w_q: Tensor, w_scale: Tensor) -> Tensor:
-    """The weight [N, K] in float32: of int8 w_q [N, K], or of packed groups of 4 bits.
-
-    Packed is uint8 [N, K / 2] (`ssmc.quant.formats.pack_int4`) with w_scale [N, K / group].
-    """
-    packed = w_q.dtype == torch.uint8
-    return dequantize_groups_tensor(w_q, w_scale) if packed else dequantize_tensor(w_q, w_scale)
-
-
 def _linear_fake(
     x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -44,7 +35,10 @@ def _linear_fake(
 
 
 def _unpacked_shape(w_q: Tensor) -> Tensor:
-    return w_q if w_q.dtype != torch.uint8 else w_q.repeat_interleave(2, 1)
+    """w_q, or where it is packed a tensor without values of the weight's shape [N, K]."""
+    if w_q.dtype != torch.uint8:
+        return w_q
+    return w_q.new_empty((w_q.shape[0], 2 * w_q.shape[1]), device="meta")
 
 
 @operator(_linear_fake)
@@ -58,7 +52,8 @@ def int8_linear(
     """
     check_linear("int8_linear", x_q, _unpacked_shape(w_q), bias)
     if w_q.dtype == torch.uint8:
-        y = (x_q.double() @ weight_of(w_q, w_scale).double().T * x_scale.double()).float()
+        weight = dequantize_groups_tensor(w_q, w_scale)
+        y = (x_q.double() @ weight.double().T * x_scale.double()).float()
         return y if bias is None else y + bias
     # float64 holds any sum of int8 products exactly, and unlike int32 has a fast product.
     return _rescale(x_q.double() @ w_q.double().T, x_scale, w_scale, bias)

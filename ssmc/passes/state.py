@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -44,10 +44,7 @@ class State(Pass):
             g.match(scan)
 
     def _narrow(self, g: Graph, scan: fx.Node, state: fx.Node, new_state: fx.Node) -> None:
-        state.meta["val"] = state.meta["val"].to(DTYPE)
-        g.states = tuple(
-            replace(spec, dtype=DTYPE) if spec.name == state.name else spec for spec in g.states
-        )
+        g.set_state_dtype(state, DTYPE)
         with g.before(scan):
             wide = g.call("to_dtype", state, torch.float32, like=state, suffix="wide")
         scan.replace_input_with(state, wide)

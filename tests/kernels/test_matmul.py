@@ -16,7 +16,7 @@ SHAPES = [(63, 80, 100), (20, 64, 96), (9, 33, 7), (130, 48, 160), (65, 40, 288)
 TILINGS = [
     None,
     Tiling(32, 32, 0, 64, group=2),
-    Tiling(32, 32, 16, 64, descriptors=True, prefetch=True),
+    Tiling(32, 32, 16, 64, descriptors=True),
     Tiling(16, 64, 16, 32),
 ]
 

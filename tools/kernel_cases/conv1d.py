@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernel_cases.case import Case
+from kernel_cases.operands import integers
 from ssmc import ops
 from ssmc.kernels.conv1d import (
     int8_causal_conv1d,
@@ -30,21 +30,17 @@ CONFIGS = tuple(
 )
 
 
-def _int8(*shape: int, device: torch.device) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-
-
 def _operands(
     batch: int, length: int, channels: int, rest: int, device: torch.device
 ) -> tuple[Any, ...]:
     """x is the first channels of an in_proj's result that has `rest` more."""
     return (
-        _int8(batch, length, channels + rest, device=device)[..., :channels],
+        integers(batch, length, channels + rest, device=device)[..., :channels],
         scale_for(torch.rand(channels, device=device) + 0.5),
-        _int8(channels, TAPS, device=device),
+        integers(channels, TAPS, device=device),
         scale_for(torch.rand(channels, 1, device=device) + 0.5),
         torch.randn(channels, device=device),
-        _int8(batch, TAPS - 1, channels, device=device),
+        integers(batch, TAPS - 1, channels, device=device),
     )
 
 

@@ -8,43 +8,27 @@ import torch
 from torch import Tensor
 
 from kernel_cases.case import Case, Inputs
+from kernel_cases.operands import integers, scales, weight, weight_bytes
 from ssmc import ops
 from ssmc.kernels.matmul import int8_linear, int8_linear_add, int8_linear_quantize
 from ssmc.kernels.matmul_int4 import int4_linear
 from ssmc.kernels.matmul_split import int8_linear_split
 from ssmc.kernels.tiles import Tiling
 from ssmc.ops.int4 import int4_linear as int4_reference
-from ssmc.quant.formats import bf16_up, pack_int4
+from ssmc.quant.formats import bf16_up
 
-GROUP = 128
 Configs = tuple[dict[str, Any], ...]
-
-
-def _scale(*shape: int, device: torch.device) -> Tensor:
-    return bf16_up(torch.rand(shape, device=device) * 0.01 + 0.001)
-
-
-def _integers(*shape: int, device: torch.device) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-
-
-def _weight(n: int, k: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if bits == 8:
-        return _integers(n, k, device=device), _scale(n, 1, device=device)
-    q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-    return pack_int4(q, GROUP), _scale(n, k // GROUP, device=device)
 
 
 def _operands(
     m: int, n: int, k: int, device: torch.device, bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, x_scale = _integers(1, m, k, device=device), _scale(1, m, 1, device=device)
-    return x, x_scale, *_weight(n, k, bits, device)
+    x, x_scale = integers(1, m, k, device=device), scales(1, m, 1, device=device)
+    return x, x_scale, *weight(n, k, bits, device)
 
 
 def _bytes(m: int, n: int, k: int, result: float, bits: int = 8) -> float:
-    scales = 4 * n if bits == 8 else 4 * n * k / GROUP
-    return m * k + n * k * bits / 8 + scales + 4 * m + m * n * result
+    return m * k + weight_bytes(n, k, bits) + 4 * m + m * n * result
 
 
 def _linear(name: str, m: int, n: int, k: int, configs: Configs = ()) -> Case:
@@ -97,7 +81,7 @@ def _split(name: str, m: int, sizes: list[int], k: int, configs: Configs = ()) -
 def _int4(m: int, n: int, k: int, configs: Configs = ()) -> Case:
     inputs: Inputs = lambda device: (  # noqa: E731
         torch.randn((1, m, k), device=device),
-        *_weight(n, k, 4, device),
+        *weight(n, k, 4, device),
     )
     size = _bytes(m, n, k, 4, 4) + 3 * m * k
     return Case(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_cases.case import Case
+from kernel_cases.operands import integers, scales, weight, weight_bytes
 from ssmc import ops
 from ssmc.kernels.matvec import (
     gated_norm_linear_step,
@@ -16,9 +17,7 @@ from ssmc.kernels.matvec import (
     norm_linear_step,
 )
 from ssmc.kernels.matvec_conv import in_proj_conv_step
-from ssmc.quant.formats import bf16_up, pack_int4
 
-GROUP = 128
 ERROR = 5e-3
 """Of a product whose row the kernel rounds: a value between two integers may go to either."""
 FLIPS = 0.02
@@ -32,27 +31,8 @@ def _configs(*sweep: tuple[int, int] | tuple[int, int, int]) -> Configs:
     return tuple(dict(zip(names, values, strict=False)) for values in sweep)
 
 
-def _scale(*shape: int, device: torch.device) -> Tensor:
-    return bf16_up(torch.rand(shape, device=device) * 0.01 + 0.001)
-
-
-def _integers(*shape: int, device: torch.device) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-
-
 def _floats(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device)
-
-
-def _weight(n: int, k: int, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if bits == 8:
-        return _integers(n, k, device=device), _scale(n, 1, device=device)
-    q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-    return pack_int4(q, GROUP), _scale(n, k // GROUP, device=device)
-
-
-def _weight_bytes(n: int, k: int, bits: int) -> float:
-    return n * k * bits / 8 + (4 * n if bits == 8 else 4 * n * k / GROUP)
 
 
 def _bits(bits: int) -> str:
@@ -75,19 +55,19 @@ def _in_proj(
             _floats(rows, 1, k, device=device),
             _floats(k, device=device),
             1e-5,
-            *_weight(n, k, bits, device),
+            *weight(n, k, bits, device),
             None,
-            _scale(n, device=device) * k**0.5,
+            scales(n, device=device) * k**0.5,
             start,
-            _integers(channels, 4, device=device),
-            _scale(channels, 1, device=device),
+            integers(channels, 4, device=device),
+            scales(channels, 1, device=device),
             _floats(channels, device=device),
-            _integers(rows, 3, channels, device=device),
+            integers(rows, 3, channels, device=device),
             "silu",
-            _scale(width, device=device),
+            scales(width, device=device),
         )
 
-    once = _weight_bytes(n, k, bits) + 4 * k + 4 * n + channels * (4 + 4 + 4) + 4 * width
+    once = weight_bytes(n, k, bits) + 4 * k + 4 * n + channels * (4 + 4 + 4) + 4 * width
     each = 4 * k + n + 6 * channels + width + 4 * (channels - width)
     return Case(
         f"in_proj_conv_step {name}{_bits(bits)} {rows}",
@@ -105,14 +85,14 @@ def _in_proj(
 def _norm(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         x, norm = _floats(rows, 1, k, device=device), _floats(k, device=device)
-        return x, norm, 1e-5, *_weight(n, k, bits, device), None
+        return x, norm, 1e-5, *weight(n, k, bits, device), None
 
     return Case(
         f"norm_linear_step {name}{_bits(bits)} {rows}",
         ops.norm_linear_step,
         norm_linear_step,
         inputs,
-        _weight_bytes(n, k, bits) + 4 * k + rows * 4 * (n + k),
+        weight_bytes(n, k, bits) + 4 * k + rows * 4 * (n + k),
         2.0 * rows * n * k,
         error=ERROR,
         configs=configs,
@@ -122,14 +102,14 @@ def _norm(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int 
 def _hadamard(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         x, residual = _floats(rows, 1, k, device=device), _floats(rows, 1, n, device=device)
-        return x, k, *_weight(n, k, bits, device), None, residual
+        return x, k, *weight(n, k, bits, device), None, residual
 
     return Case(
         f"hadamard_linear_step {name}{_bits(bits)} {rows}",
         ops.hadamard_linear_step,
         hadamard_linear_step,
         inputs,
-        _weight_bytes(n, k, bits) + rows * 4 * (2 * n + k),
+        weight_bytes(n, k, bits) + rows * 4 * (2 * n + k),
         2.0 * rows * n * k,
         error=ERROR,
         configs=configs,
@@ -140,14 +120,14 @@ def _gated(name: str, n: int, k: int, configs: Configs, rows: int = 1) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         return (
             _floats(rows, 1, k, device=device),
-            _integers(rows, 1, 2 * k, device=device)[..., :k],
-            _scale(k, device=device) * 5,
+            integers(rows, 1, 2 * k, device=device)[..., :k],
+            scales(k, device=device) * 5,
             _floats(k, device=device),
             1e-5,
             None,
             False,
             k,
-            *_weight(n, k, 8, device),
+            *weight(n, k, 8, device),
             None,
             _floats(rows, 1, n, device=device),
         )
@@ -157,7 +137,7 @@ def _gated(name: str, n: int, k: int, configs: Configs, rows: int = 1) -> Case:
         ops.gated_norm_linear_step,
         gated_norm_linear_step,
         inputs,
-        _weight_bytes(n, k, 8) + 8 * k + rows * (8 * n + 5 * k),
+        weight_bytes(n, k, 8) + 8 * k + rows * (8 * n + 5 * k),
         2.0 * rows * n * k,
         error=ERROR,
         configs=configs,
@@ -166,15 +146,15 @@ def _gated(name: str, n: int, k: int, configs: Configs, rows: int = 1) -> Case:
 
 def _linear(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
-        x, scale = _integers(rows, 1, k, device=device), _scale(device=device)
-        return x, scale, *_weight(n, k, bits, device), None
+        x, scale = integers(rows, 1, k, device=device), scales(device=device)
+        return x, scale, *weight(n, k, bits, device), None
 
     return Case(
         f"int8_linear {name}{_bits(bits)} {rows}",
         ops.int8_linear,
         int8_linear_rows,
         inputs,
-        _weight_bytes(n, k, bits) + rows * (k + 4 * n),
+        weight_bytes(n, k, bits) + rows * (k + 4 * n),
         2.0 * rows * n * k,
         error=0.0 if bits == 8 else 1e-5,
         configs=configs,

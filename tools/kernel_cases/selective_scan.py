@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kernel_cases.case import Case, Inputs
+from kernel_cases.operands import integers, scales
 from ssmc import ops
 from ssmc.kernels.selective_scan import int8_selective_scan
 from ssmc.kernels.selective_step import selective_scan_step
-from ssmc.quant.formats import bf16_up, quantize_weight
+from ssmc.quant.formats import quantize_weight
 
 STATES = 16
 WIDTHS = {"2.8b": (5120, 160), "130m": (1536, 48)}  # d_inner, dt_rank
@@ -22,12 +23,8 @@ _LANES: tuple[dict[str, Any], ...] = (
 )
 
 
-def _int8(device: torch.device, *shape: int) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-
-
 def _scales(device: torch.device, *shape: int) -> Tensor:
-    return bf16_up(0.02 * (0.5 + torch.rand(shape, device=device)))
+    return scales(*shape, device=device, least=0.01, most=0.03)
 
 
 def _channels(device: torch.device, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,10 +37,10 @@ def _channels(device: torch.device, width: int) -> tuple[Tensor, Tensor, Tensor]
 def _prompt(width: int, length: int) -> Inputs:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         A, D, dt_bias = _channels(device, width)
-        u, dt = (_int8(device, 1, length, width) for _ in range(2))
-        z = _int8(device, 1, length, 2 * width)[..., width:]
+        u, dt = (integers(1, length, width, device=device) for _ in range(2))
+        z = integers(1, length, 2 * width, device=device)[..., width:]
         u_scale, dt_scale, z_scale = (_scales(device, width) for _ in range(3))
-        B, C = (_int8(device, 1, length, STATES) for _ in range(2))
+        B, C = (integers(1, length, STATES, device=device) for _ in range(2))
         B_scale, C_scale = (_scales(device, 1, length, 1) for _ in range(2))
         state = torch.randn(1, width, STATES, device=device)
         operands = (u, u_scale, dt, dt_scale, A, B, B_scale, C, C_scale)
@@ -57,8 +54,8 @@ def _step(width: int, rank: int, batch: int) -> Inputs:
         A, D, dt_bias = _channels(device, width)
         x_proj = torch.randn(batch, 1, rank + 2 * STATES, device=device)
         weight, weight_scale = quantize_weight(torch.randn(width, rank, device=device) / rank**0.5)
-        u = _int8(device, batch, 1, width)
-        z = _int8(device, batch, 1, 2 * width)[..., width:]
+        u = integers(batch, 1, width, device=device)
+        z = integers(batch, 1, 2 * width, device=device)[..., width:]
         u_scale, dt_scale, z_scale = (_scales(device, width) for _ in range(3))
         state = torch.randn(batch, width, STATES, device=device)
         projection = (x_proj, weight, weight_scale, None, dt_scale)

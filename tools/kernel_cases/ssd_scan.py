@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kernel_cases.case import Case, Inputs
+from kernel_cases.operands import integers, scales
 from ssmc import ops
 from ssmc.kernels.ssd_scan import int8_ssd_scan
 from ssmc.kernels.ssd_step import ssd_scan_step
-from ssmc.quant.formats import bf16_up
 
 HEADS, WIDTH, RANK = 80, 64, 128
 INNER = HEADS * WIDTH
@@ -19,12 +19,8 @@ PROJECTED = 2 * INNER + 2 * RANK + HEADS  # what in_proj gives: z, x, B, C and d
 STATE = INNER * RANK
 
 
-def _int8(device: torch.device, *shape: int) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-
-
 def _scales(device: torch.device, *shape: int) -> Tensor:
-    return bf16_up(0.02 * (0.5 + torch.rand(shape, device=device)))
+    return scales(*shape, device=device, least=0.01, most=0.03)
 
 
 def _heads(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,15 +31,15 @@ def _heads(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _x_and_dt(device: torch.device, batch: int, length: int) -> tuple[Tensor, ...]:
-    x = _int8(device, batch, length, HEADS, WIDTH)
-    dt = _int8(device, batch, length, PROJECTED)[..., -HEADS:]
+    x = integers(batch, length, HEADS, WIDTH, device=device)
+    dt = integers(batch, length, PROJECTED, device=device)[..., -HEADS:]
     return x, _scales(device, HEADS, WIDTH), dt, _scales(device, HEADS)
 
 
 def _prompt(length: int) -> Inputs:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         A, D, dt_bias = _heads(device)
-        B, C = (_int8(device, 1, length, 1, RANK) for _ in range(2))
+        B, C = (integers(1, length, 1, RANK, device=device) for _ in range(2))
         B_scale, C_scale = (_scales(device, 1, length, 1, 1) for _ in range(2))
         state = torch.randn(1, HEADS, WIDTH, RANK, device=device)
         operands = (*_x_and_dt(device, 1, length), A, B, B_scale, C, C_scale)
