@@ -1,8 +1,8 @@
 """Causal convolution of int8 along the length, and how its result is rounded again.
 
-A program takes some channels and some positions one after the other: each input is loaded and
-converted once, and stays in registers for as many positions as there are taps. Sums of int8
-products are integers below 2^24, so float32 holds them exactly.
+A program takes some channels and some positions one after the other. Four positions of a channel
+are the bytes of one word, which an instruction multiplies by four taps at once: inputs are loaded
+once and stay bytes. Sums of int8 products are integers below 2^22, so float32 holds them exactly.
 """
 
 # A tuple of pieces grows in a loop that Triton unrolls; it knows no starred expressions.
@@ -18,26 +18,89 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import inverse_of, scale_for, silu, to_float, to_int8, to_int8_within
-from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.pieces import unstack
+from ssmc.kernels.arithmetic import inverse_of, scale_for, silu, to_int8, to_int8_within
+from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
 from ssmc.ops.conv import ACTIVATIONS, activate, check_conv
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _FLOAT, _STATIC, _DYNAMIC = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MAX_TAPS = 16
 """Most taps of a kernel, in which each has its registers; more are left to the operator."""
 
 
 @triton.jit
-def _load_taps(weight, channel, inside, TAPS: tl.constexpr, LOG_TAPS: tl.constexpr):  # noqa: ANN202
-    """The weights [C, TAPS] of some channels as float32, a tensor a tap; they lie side by side."""
-    width: tl.constexpr = channel.shape[0]
-    place = tl.arange(0, 1 << LOG_TAPS)
-    pointers = weight + channel[:, None] * TAPS + place[None, :]
-    exact: tl.constexpr = TAPS == 1 << LOG_TAPS
-    mask = inside[:, None] if exact else inside[:, None] & (place < TAPS)[None, :]
-    together = tl.load(pointers, mask=mask, other=0)
-    return unstack(to_float(tl.reshape(together, [width << LOG_TAPS])), LOG_TAPS)
+def _words(a, b, c, d):  # noqa: ANN202
+    """Four tensors of int8 as one of int32, `a` in the lowest byte."""
+    if _INTERPRETED:
+        low = (a.to(tl.int32) & 255) | ((b.to(tl.int32) & 255) << 8)
+        word = low | ((c.to(tl.int32) & 255) << 16) | (d.to(tl.int32) << 24)
+    else:
+        word = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 ab, cd;
+            prmt.b32 ab, $4, $5, 0x5140;
+            prmt.b32 cd, $6, $7, 0x5140;
+            prmt.b32 $0, ab, cd, 0x5410;
+            prmt.b32 $1, ab, cd, 0x7632;
+            prmt.b32 ab, $4, $5, 0x7362;
+            prmt.b32 cd, $6, $7, 0x7362;
+            prmt.b32 $2, ab, cd, 0x5410;
+            prmt.b32 $3, ab, cd, 0x7632;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+    return word
+
+
+@triton.jit
+def _word_at(x, i: tl.constexpr):  # noqa: ANN202
+    """Four tensors of the tuple x, from number i on, as `_words`."""
+    return _words(x[i], x[i + 1], x[i + 2], x[i + 3])
+
+
+@triton.jit
+def _multiply(words, taps, total):  # noqa: ANN202
+    """total + the sum of products of the four bytes of each word."""
+    if _INTERPRETED:
+        for i in tl.static_range(4):
+            total += ((words << (24 - 8 * i)) >> 24) * ((taps << (24 - 8 * i)) >> 24)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [words, taps, total],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return total
+
+
+@triton.jit
+def _window(before, words, LAST: tl.constexpr):  # noqa: ANN202
+    """The four bytes that end with byte LAST of `words`, which `before` precedes."""
+    if LAST == 3:
+        return words
+    else:
+        earlier = before.to(tl.uint32, bitcast=True) >> (8 * LAST + 8)
+        return earlier.to(tl.int32, bitcast=True) | (words << (24 - 8 * LAST))
+
+
+@triton.jit
+def _load_taps(weight, channel, inside, TAPS: tl.constexpr, WORDS: tl.constexpr):  # noqa: ANN202
+    """The weights [C, TAPS] of some channels, four a word, the last ones first; zeros in front."""
+    place = tl.arange(0, 4)
+    taps = ()
+    for i in tl.static_range(WORDS):
+        tap = TAPS - 4 * (i + 1) + place
+        mask = inside[:, None] & (tap >= 0)[None, :]
+        q = tl.load(weight + channel[:, None] * TAPS + tap[None, :], mask=mask, other=0)
+        taps = taps + (tl.sum((q.to(tl.int32) & 255) << (8 * place)[None, :], 1),)
+    return taps
 
 
 @triton.jit
@@ -89,7 +152,7 @@ def _convolve(  # noqa: ANN202, C901
     W_STEP: tl.constexpr,
     Y_STEP: tl.constexpr,
     TAPS: tl.constexpr,
-    LOG_TAPS: tl.constexpr,
+    WORDS: tl.constexpr,
     LENGTH: tl.constexpr,
     SILU: tl.constexpr,
     RESULT: tl.constexpr,
@@ -107,23 +170,30 @@ def _convolve(  # noqa: ANN202, C901
         biases = tl.load(bias + channel, mask=inside, other=0.0)
     if RESULT == _STATIC:
         inverse = inverse_of(tl.load(y_scale + channel * Y_STEP, mask=inside, other=1.0))
-    taps = _load_taps(weight, channel, inside, TAPS, LOG_TAPS)
+    taps = _load_taps(weight, channel, inside, TAPS, WORDS)
     await_inputs(CHAIN)
     first = tl.program_id(1) * LENGTH
-    window = ()
-    for i in tl.static_range(TAPS - 1):
-        row = first + i - (TAPS - 1)
-        q = _load_input(x, x_stride, state, row, L, C, channel, inside, TAPS, True)
-        window = window + (to_float(q),)
+    none = tl.zeros([channel.shape[0]], tl.int8)
     inputs = ()
+    for i in tl.static_range(4 * WORDS + (LENGTH + 3) // 4 * 4):
+        row = first + i - 4 * WORDS
+        if i > 4 * WORDS - TAPS and i < 4 * WORDS + LENGTH:
+            q = _load_input(x, x_stride, state, row, L, C, channel, inside, TAPS, i < 4 * WORDS)
+            inputs = inputs + (q,)
+        else:
+            inputs = inputs + (none,)
+    words = ()
+    for i in tl.static_range(0, 4 * WORDS, 4):
+        words = words + (_word_at(inputs, i),)
     for i in tl.static_range(LENGTH):
-        q = _load_input(x, x_stride, state, first + i, L, C, channel, inside, TAPS, False)
-        inputs = inputs + (q,)
-    for i in tl.static_range(LENGTH):
-        window = window + (to_float(inputs[i]),)
-        total = window[i] * taps[0]
-        for k in tl.static_range(1, TAPS):
-            total = tl.fma(window[i + k], taps[k], total)
+        if i % 4 == 0:
+            words = words + (_word_at(inputs, i + 4 * WORDS),)
+        # The sum of products stands in the low bits of 1.5 * 2^23.
+        total = tl.full([channel.shape[0]], 0x4B400000, tl.int32)
+        for k in tl.static_range(WORDS):
+            four = _window(words[WORDS + i // 4 - k - 1], words[WORDS + i // 4 - k], i % 4)
+            total = _multiply(four, taps[k], total)
+        total = total.to(tl.float32, bitcast=True) - 12582912.0
         value = total * scale
         if bias is not None:
             value += biases
@@ -174,7 +244,7 @@ def _kernel(  # noqa: ANN202
     W_STEP: tl.constexpr,
     Y_STEP: tl.constexpr,
     TAPS: tl.constexpr,
-    LOG_TAPS: tl.constexpr,
+    WORDS: tl.constexpr,
     SILU: tl.constexpr,
     STATIC: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -196,7 +266,7 @@ def _kernel(  # noqa: ANN202
         _convolve(
             x, x_stride, x_scale, weight, weight_scale, bias, state, new_state,
             channel, channel < U, L, C, y, U, y_scale, 0,
-            X_STEP, W_STEP, Y_STEP, TAPS, LOG_TAPS, LENGTH, SILU,
+            X_STEP, W_STEP, Y_STEP, TAPS, WORDS, LENGTH, SILU,
             _STATIC if STATIC else _FLOAT, CHAIN,
         )  # fmt: skip
     elif GROUPS > 0:
@@ -214,7 +284,7 @@ def _kernel(  # noqa: ANN202
         _convolve(
             x, x_stride, x_scale, weight, weight_scale, bias, state, new_state,
             member, place < GROUP_SIZE, L, C, part, GROUPS * GROUP_SIZE, part_scale, GROUPS,
-            X_STEP, W_STEP, 0, TAPS, LOG_TAPS, LENGTH, SILU, _DYNAMIC, CHAIN,
+            X_STEP, W_STEP, 0, TAPS, WORDS, LENGTH, SILU, _DYNAMIC, CHAIN,
         )  # fmt: skip
 
 
@@ -248,7 +318,7 @@ def _run(
     width = channels - 2 * number * size
     block_c = tiling.block_c or min(256, triton.next_power_of_2(width))
     # A large tile loads fewer inputs twice; a small one fills the device with short prompts.
-    positions = min(tiling.positions or 8, triton.next_power_of_2(length))
+    positions = min(tiling.positions or 16, triton.next_power_of_2(length))
     launch(
         _kernel,
         (triton.cdiv(width, block_c) + 2 * number, triton.cdiv(length, positions), batch),
@@ -274,13 +344,13 @@ def _run(
         W_STEP=_step(w_scale),
         Y_STEP=0 if y_scale is None else _step(y_scale),
         TAPS=taps,
-        LOG_TAPS=(taps - 1).bit_length(),
+        WORDS=triton.cdiv(taps, 4),
         SILU=activation == "silu",
         STATIC=y_scale is not None,
         LENGTH=positions,
         BLOCK_C=block_c,
         BLOCK_G=triton.next_power_of_2(size),
-        num_warps=tiling.num_warps or max(1, block_c // 256),
+        num_warps=tiling.num_warps or max(1, block_c // 128),
     )
     return new_state
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
 from ssmc.kernels.pieces import load_pieces, stack, store_pieces, store_quantized, unstack
 from ssmc.quant.rotation import _base_matrix, _factor, check_block
 
@@ -201,6 +201,7 @@ def _kernel(  # noqa: ANN202
     CHAIN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
     pieces = load_pieces(x + row * x_stride, N, WIDTH)
     pieces = rotate_pieces(pieces, SIGNS, DOUBLINGS, INNER, STACKED, FACTOR)

@@ -25,8 +25,10 @@ def launch(
     """Run `kernel` over `grid`, chained to the kernel in front where the device can.
 
     The kernel takes `CHAIN: tl.constexpr` and calls `await_inputs(CHAIN)` before it touches
-    anything an earlier kernel wrote. Multiplications and additions stay apart (no contraction), so
-    that they round as in the reference; a kernel that wants a fused one calls `tl.fma`.
+    anything an earlier kernel wrote. Until then it may load what no kernel writes, and had better
+    compute nothing of it: that would wait for these loads before it waits for the inputs.
+    Multiplications and additions stay apart (no contraction), so that they round as in the
+    reference; a kernel that wants a fused one calls `tl.fma`.
     """
     if 0 in grid:
         return
@@ -42,6 +44,16 @@ def await_inputs(CHAIN: tl.constexpr):
     """Wait for the kernel in front, then let the next one begin to load what is constant."""
     if CHAIN:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_load(CHAIN: tl.constexpr):
+    """Let the next kernel begin to load what is constant before this one's inputs are there.
+
+    So a weight may be on its way while several small kernels in front of its own are at work.
+    """
+    if CHAIN:
         tl.extra.cuda.gdc_launch_dependents()
 
 

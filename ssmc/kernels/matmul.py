@@ -10,16 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ssmc.kernels import matmul_hopper, matmul_shallow
+from ssmc.kernels import matmul_hopper, matmul_persistent, matmul_shallow, matmul_split
 from ssmc.kernels.arithmetic import inverse_of
 from ssmc.kernels.launch import await_inputs, can_chain, launch, row_view
 from ssmc.kernels.matmul_int4 import w4a8_product
@@ -27,61 +24,20 @@ from ssmc.kernels.tiles import (
     Tiling,
     load_tile,
     load_vector,
+    loads,
+    loop_clocks,
+    meta,
+    operands_of,
     processors,
     rescale,
-    row_scale,
     step,
     store_result,
     tile_of,
 )
 
-_EXACT = 1 << 24  # below it every integer is a float32
-
-
-@dataclass(frozen=True)
-class Operands:
-    """The operands of a product in two dimensions, as a kernel takes them."""
-
-    x: Tensor
-    x_scale: Tensor
-    w: Tensor
-    w_scale: Tensor
-    bias: Tensor | None
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Rows, columns and depth of the product."""
-        return self.x.shape[0], self.w.shape[0], self.x.shape[1]
-
-    @property
-    def small(self) -> bool:
-        """Whether every sum is a float32."""
-        return self.x.shape[1] * 128 * 128 <= _EXACT
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the copy engine can load both matrices."""
-        m, n, k = self.sizes
-        addresses = (self.x.data_ptr(), self.w.data_ptr(), self.x.stride(0), self.w.stride(0))
-        return min(m, n, k) > 0 and all(value % 16 == 0 for value in addresses)
-
-
-def operands_of(
-    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
-) -> Operands:
-    """The operands of `ssmc.ops.int8_linear`, in two dimensions."""
-    return Operands(
-        row_view(x_q),
-        row_scale(x_scale, x_q),
-        w_q.contiguous(),
-        w_scale.reshape(-1),
-        None if bias is None else bias.contiguous(),
-    )
-
-
 _SHAPES = (  # rows, columns in one part, columns in another
-    *itertools.product((128,), ((256, 64), (256, 0), (128, 32), (128, 0), (64, 0))),
-    *itertools.product((64,), ((128, 32), (128, 0), (64, 16), (64, 0), (32, 0))),
+    *itertools.product((128,), ((256, 64), (256, 0), (128, 64), (128, 32), (128, 0), (64, 0))),
+    *itertools.product((64,), ((128, 32), (128, 0), (64, 32), (64, 16), (64, 0), (32, 0))),
 )
 
 
@@ -89,25 +45,40 @@ _SHAPES = (  # rows, columns in one part, columns in another
 def choose_tiling(m: int, n: int, k: int, count: int) -> Tiling:
     """The tiling of [m, k] by [n, k] that an estimate of its time on `count` processors favours.
 
-    In clocks of one processor: a tile multiplies 2400 pairs a clock, loads 48 bytes and writes 3
-    elements of the result. A second part of the columns costs a smaller instruction, so it is taken
-    only where all tiles then run at a time. Estimate and limits are fitted to an H200.
+    In clocks of one processor: its shared memory or its copies for each tile, and six elements of
+    the result a clock, which programs that stay do while they multiply the next tile. Others take a
+    second part of the columns, which costs a smaller instruction, only where all tiles then run at
+    a time. The depth is divided where that is much better: its two kernels wait for memory twice.
+    Fitted to an H100.
     """
 
     def cost(shape: tuple[int, tuple[int, int]]) -> float:
-        height, width = shape[0], sum(shape[1])
+        height, parts = shape
+        width = sum(parts)
         tiles = -(-m // height) * -(-n // width)
-        if shape[1][1] and tiles > count:
+        loop, result = k * loop_clocks(height, parts), height * width / 6
+        if _stays(height, width):
+            return -(-tiles // count) * loop + result
+        if parts[1] and tiles > count:
             return math.inf
-        loop = k * max(height * width / 2400, (height + width) / 48)
-        # Small tiles share a processor, and fill what others leave of it.
-        rounds = max(1.0, tiles / count) if height * width <= 64 * 64 else -(-tiles // count)
-        return rounds * (loop + height * width / 3)
+        rounds: float = -(-tiles // count)
+        # Small tiles share a processor, and fill much of what others leave of it.
+        if rounds > 1 and height * width <= 64 * 64:
+            rounds = tiles / count + 0.25
+        return rounds * (loop + result)
 
-    shapes = [shape for shape in _SHAPES if shape[0] < 2 * max(m, 33)]
-    height, (block_n, extra_n) = min(shapes, key=cost)
+    shape = min((shape for shape in _SHAPES if shape[0] < 2 * max(m, 33)), key=cost)
+    divided = matmul_split.choose_split(m, n, k, count)
+    if 1.5 * matmul_split.clocks(divided, m, n, k, count) + 600 < cost(shape):
+        return divided
+    height, (block_n, extra_n) = shape
     alone = -(-m // height) * -(-n // (block_n + extra_n)) <= count
     return _tiling(height, block_n, extra_n, k, alone)
+
+
+def _stays(block_m: int, width: int) -> bool:
+    """Whether such a tile is for the programs of `ssmc.kernels.matmul_persistent`."""
+    return block_m == 128 and width > 128
 
 
 def _tiling(block_m: int, block_n: int, extra_n: int, k: int, alone: bool) -> Tiling:
@@ -116,12 +87,13 @@ def _tiling(block_m: int, block_n: int, extra_n: int, k: int, alone: bool) -> Ti
     `alone` says that no processor has two such tiles to work on.
     """
     width = block_n + extra_n
-    deep = k >= 1024 and block_m + width <= 144 and (alone or width <= 32)
+    deep = k >= 1024 and block_m + width <= 160 and (alone or width <= 32)
     block_k = 256 if deep else 128 if k > 512 else 64
     large = block_m * width > 128 * 128
     square = block_m == width == 128 and k >= 2048  # long enough for loads that run far ahead
-    room = 230_000 if large or alone else 113_000
-    limit = 8 if deep or alone else 4
+    room = 230_000 if large else 222_000 if alone else 113_000
+    stays = _stays(block_m, width)
+    limit = 9 if deep or alone or stays else 4
     return Tiling(
         block_m,
         block_n,
@@ -131,6 +103,7 @@ def _tiling(block_m: int, block_n: int, extra_n: int, k: int, alone: bool) -> Ti
         stages=max(2, min(limit, room // ((block_m + width) * block_k), -(-k // block_k))),
         descriptors=True,
         asynchronous=alone or square or width <= 32,
+        persistent=stays,
     )
 
 
@@ -222,54 +195,30 @@ def _product(
         )
         return
     how = tiling or choose_tiling(m, n, k, count)
+    if how.shares > 1:
+        sums = matmul_split.partial_sums(operands, how)
+        matmul_split.finish(sums, *after[:6], residual_stride, steps, operands.small)
+        return
     kernel = _linear_kernel
     matrices = loads(operands, how)
-    constants = meta(operands, how)
-    if how.asynchronous and matmul_hopper.fits(how) and operands.aligned and can_chain(x_q.device):
+    constants = {**meta(operands, how), "SMALL": operands.small}
+    grid = triton.cdiv(m, how.block_m) * triton.cdiv(n, how.width)
+    hopper = operands.aligned and can_chain(x_q.device)
+    last: tuple[int, ...] = (residual_stride,)
+    if hopper and how.persistent and matmul_persistent.fits(how):
+        kernel = matmul_persistent.linear_kernel
+        matrices = matmul_hopper.descriptors(operands.x, operands.w, how)
+        constants = matmul_persistent.constants(how, operands.small, k, bias, residual, out_scale)
+        grid = min(grid, count)
+    elif hopper and how.asynchronous and matmul_hopper.fits(how):
         kernel = matmul_hopper.linear_kernel
         matrices = matmul_hopper.descriptors(operands.x, operands.w, how)
-        constants = matmul_hopper.constants(how, constants["SMALL"])
+        constants = matmul_hopper.constants(how, operands.small, residual)
+        last = residual_stride, k
     launch(
-        kernel,
-        (triton.cdiv(m, how.block_m) * triton.cdiv(n, how.width),),
-        *matrices,
-        *after,
-        residual_stride,
-        **constants,
-        **steps,
-        GROUP=how.group,
+        kernel, (grid,), *matrices, *after, *last, **constants, **steps, GROUP=how.group,
         device=x_q.device,
-    )
-
-
-def loads(operands: Operands, how: Tiling) -> tuple[Any, Any, Any]:
-    """What the tiles of x and of both parts of w are loaded through."""
-    x, w = operands.x, operands.w
-    if not (how.descriptors and operands.aligned):
-        return x, w, w
-    block = how.block_k
-    return (
-        TensorDescriptor.from_tensor(x, [how.block_m, block]),
-        TensorDescriptor.from_tensor(w, [how.block_n, block]),
-        TensorDescriptor.from_tensor(w, [how.extra_n or how.block_n, block]),
-    )
-
-
-def meta(operands: Operands, how: Tiling) -> dict[str, Any]:
-    """What the kernels share beside that, by name."""
-    k = operands.sizes[2]
-    return {
-        "x_stride": operands.x.stride(0),
-        "BLOCK_M": how.block_m,
-        "BLOCK_N": how.block_n,
-        "EXTRA_N": how.extra_n,
-        "BLOCK_K": how.block_k,
-        "EVEN_K": k % how.block_k == 0,
-        "SMALL": operands.small,
-        "DESCRIPTORS": how.descriptors and operands.aligned,
-        "num_warps": how.warps,
-        "num_stages": how.stages,
-    }
+    )  # fmt: skip
 
 
 @triton.jit

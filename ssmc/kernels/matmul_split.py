@@ -1,8 +1,9 @@
-"""An int8 product whose columns fall into segments, each quantised with a scale a row.
+"""An int8 product whose depth is divided among programs, and one of quantised segments.
 
-A scale needs a whole row of a result that is narrow and deep: one program a few rows would leave
-most processors idle. So the depth too is divided among programs; a second kernel adds what they
-summed, which for integers is exact in any order, and quantises.
+Where the result is narrow and deep, a program for each tile of it would leave most processors idle.
+So the depth too is divided; a second kernel adds what the programs summed, which for integers is
+exact in any order, and does what follows. It may quantise segments of the columns with a scale a
+row each, which needs whole rows.
 """
 
 from __future__ import annotations
@@ -10,22 +11,30 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmc.kernels import matmul_hopper
 from ssmc.kernels.arithmetic import inverse_of, scale_for, to_int8
-from ssmc.kernels.launch import await_inputs, launch
-from ssmc.kernels.matmul import Operands, int8_linear, loads, meta, operands_of
+from ssmc.kernels.launch import await_inputs, can_chain, launch
+from ssmc.kernels.matmul_int4 import w4a8_product
 from ssmc.kernels.tiles import (
+    Operands,
     Tiling,
     load_tile,
     load_vector,
+    loads,
+    loop_clocks,
+    meta,
+    operands_of,
     processors,
     rescale,
     step,
+    store_result,
 )
 
 
@@ -47,61 +56,111 @@ def int8_linear_split(
     scales = torch.empty((*shape, len(sizes)), dtype=torch.float32, device=device)
     if w_q.dtype == torch.int8:
         operands = operands_of(x_q, x_scale, w_q, w_scale, bias)
-        sums = _partial_sums(operands, tiling, shares)
+        how = tiling or choose_split(*operands.sizes, processors(device))
+        sums = partial_sums(operands, replace(how, shares=shares or how.shares))
         _quantize_segments(sums, operands, q, scales, tuple(sizes))
     else:
-        y = int8_linear(x_q, x_scale, w_q, w_scale, bias)
+        y = torch.empty((*shape, n), dtype=torch.float32, device=device)
+        w4a8_product(x_q, x_scale, w_q, w_scale, bias, None, None, y, None)
         _quantize_segments(y.view(1, -1, n), None, q, scales, tuple(sizes))
     parts = zip(q.split(list(sizes), -1), scales.split(1, -1), strict=True)
     return [tensor for part in parts for tensor in part]
 
 
+_WIDTHS = ((128, 64), (128, 0), (64, 32), (64, 0), (32, 0))
+
+
 @functools.cache
-def choose_split(m: int, n: int, k: int, count: int) -> tuple[Tiling, int]:
-    """The tiling, and the number of shares of the depth, that move the fewest bytes a processor.
+def choose_split(m: int, n: int, k: int, count: int) -> Tiling:
+    """The tiling, with the number of shares of the depth, that `clocks` favours."""
+    tilings = (
+        _tiling(parts, k, shares)
+        for parts, shares in itertools.product(_WIDTHS, (1, 2, 3, 4, 5, 6, 8, 10, 12, 16))
+    )
+    return min(tilings, key=lambda how: clocks(how, m, n, k, count))
 
-    A program loads its share of both matrices, and writes sums of 4 bytes that are read again.
+
+def _tiling(parts: tuple[int, int], k: int, shares: int) -> Tiling:
+    blocks = max(1, -(-k // (shares * 128)))
+    stages = max(2, min(5, blocks, 113_000 // ((64 + sum(parts)) * 128)))
+    return Tiling(
+        64, *parts, 128, stages=stages, descriptors=True, asynchronous=True, shares=shares
+    )
+
+
+def clocks(how: Tiling, m: int, n: int, k: int, count: int) -> float:
+    """The estimated time of both kernels in clocks of one of `count` processors.
+
+    That of the tiles, of which two share a processor, and for each share the sums, written and read
+    again, of which all processors together move 1500 bytes a clock. Fitted to an H100.
     """
-
-    def cost(choice: tuple[tuple[int, int], int]) -> int:
-        width, shares = sum(choice[0]), choice[1]
-        programs = -(-m // 64) * -(-n // width) * shares
-        depth = -(-k // (shares * 128)) * 128
-        return -(-programs // count) * (depth * (64 + width) + 64 * width * 8)
-
-    widths = ((128, 64), (64, 32), (64, 0))
-    (block_n, extra_n), shares = min(itertools.product(widths, (1, 2, 4, 8, 16)), key=cost)
-    return Tiling(64, block_n, extra_n, 128, warps=4, stages=5, descriptors=True), shares
+    programs = -(-m // how.block_m) * -(-n // how.width) * how.shares
+    depth = -(-k // (how.shares * how.block_k)) * how.block_k
+    loop = depth * loop_clocks(how.block_m, (how.block_n, how.extra_n))
+    return max(1.0, programs / count) * loop + how.shares * (100 + m * n * 8 / 1500)
 
 
-def _partial_sums(operands: Operands, tiling: Tiling | None, shares: int | None) -> Tensor:
+def partial_sums(operands: Operands, how: Tiling) -> Tensor:
     """The product in int32 [shares, M, N], each of a part of the depth."""
     m, n, k = operands.sizes
     device = operands.x.device
-    chosen, chosen_shares = choose_split(m, n, k, processors(device))
-    how, shares = tiling or chosen, shares or chosen_shares
     # A share is a whole number of blocks, and none is empty.
-    depth = triton.cdiv(k, shares * how.block_k) * how.block_k
+    depth = triton.cdiv(k, how.shares * how.block_k) * how.block_k
     shares = triton.cdiv(k, depth)
     sums = torch.empty((shares, m, n), dtype=torch.int32, device=device)
-    launch(
-        _partial_kernel,
-        (triton.cdiv(m, how.block_m), triton.cdiv(n, how.width), shares),
-        *loads(operands, how),
-        sums,
-        m,
-        n,
-        k,
-        depth,
-        **_loop(operands, how),
-        device=device,
-    )
+    tiles = triton.cdiv(m, how.block_m), triton.cdiv(n, how.width)
+    if how.asynchronous and matmul_hopper.fits(how) and operands.aligned and can_chain(device):
+        launch(
+            matmul_hopper.linear_kernel, (tiles[0] * tiles[1], shares),
+            *matmul_hopper.descriptors(operands.x, operands.w, how),
+            None, None, None, None, None, sums, m, n, k, 0, depth,
+            **matmul_hopper.constants(how, False, None), X_STEP=0, W_STEP=0, OUT_STEP=0,
+            GROUP=how.group, device=device,
+        )  # fmt: skip
+    else:
+        launch(
+            _partial_kernel, (*tiles, shares), *loads(operands, how), sums, m, n, k, depth,
+            **meta(operands, how), device=device,
+        )  # fmt: skip
     return sums
 
 
-def _loop(operands: Operands, how: Tiling) -> dict[str, object]:
-    """`meta` without what the sums alone have no use for."""
-    return {name: value for name, value in meta(operands, how).items() if name != "SMALL"}
+def finish(
+    sums: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
+    y: Tensor,
+    residual_stride: int,
+    steps: dict[str, int],
+    small: bool,
+) -> None:
+    """Add up sums [shares, M, N], and write over y [..., N] what follows them."""
+    shares, m, n = sums.shape
+    rows = 4 if m * n < 1 << 20 else 16
+    launch(
+        _sum_kernel,
+        (triton.cdiv(m, rows), triton.cdiv(n, 64)),
+        sums,
+        x_scale,
+        w_scale,
+        bias,
+        residual,
+        out_scale,
+        y,
+        m,
+        n,
+        residual_stride,
+        SHARES=shares,
+        SMALL=small,
+        **steps,
+        BLOCK_M=rows,
+        BLOCK_N=64,
+        num_warps=2 if rows == 4 else 4,
+        device=sums.device,
+    )
 
 
 def _quantize_segments(
@@ -182,6 +241,48 @@ def _partial_kernel(  # noqa: ANN202
         column = second + tl.arange(0, EXTRA_N)
         inside = (row < M)[:, None] & (column < N)[None, :]
         tl.store(line + column[None, :], extra_total, mask=inside)
+
+
+@triton.jit
+def _sum_kernel(  # noqa: ANN202
+    sums,
+    x_scale,
+    w_scale,
+    bias,
+    residual,
+    out_scale,
+    y,
+    M,
+    N,
+    residual_stride,
+    SHARES: tl.constexpr,
+    SMALL: tl.constexpr,
+    X_STEP: tl.constexpr,
+    W_STEP: tl.constexpr,
+    OUT_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHAIN: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    shift = None
+    if bias is not None:
+        shift = load_vector(bias, column, N, 1)
+    inverse = None
+    if out_scale is not None:
+        inverse = inverse_of(load_vector(out_scale, column, N, OUT_STEP))
+    w_factor = load_vector(w_scale, column, N, W_STEP)
+    await_inputs(CHAIN)
+    x_factor = load_vector(x_scale, row, M, X_STEP)
+    stride = (tl.full((), 0, tl.int64) + M) * N
+    total = tl.load(sums + at, mask=inside, other=0)
+    for i in tl.static_range(1, SHARES):
+        total += tl.load(sums + at + stride * i, mask=inside, other=0)
+    value = rescale(total, x_factor, w_factor, shift, SMALL)
+    store_result(value, row, column, M, N, residual, residual_stride, inverse, y)
 
 
 @triton.jit

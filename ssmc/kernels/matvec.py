@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels.arithmetic import inverse_rms, silu, to_float
-from ssmc.kernels.hadamard import Rotation, plan
-from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels import matmul
+from ssmc.kernels.arithmetic import inverse_rms
+from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
 from ssmc.kernels.matvec_tiles import (
     load_group_scales,
     load_weight,
@@ -29,8 +29,8 @@ from ssmc.kernels.matvec_tiles import (
     parts_of,
     product,
     quantized,
-    rotated,
 )
+from ssmc.kernels.norm import rms_norm_quantize
 from ssmc.kernels.pieces import load_pieces
 
 MAX_ROWS = 8
@@ -41,13 +41,6 @@ PROGRAMS = 132
 """Programs wanted at least: the multiprocessors of an H200."""
 TILE_BYTES = 40 * 1024
 """Most bytes of the weight that a program holds: three programs fill a multiprocessor."""
-ROTATED_TILE_BYTES = 160 * 1024
-"""The same where a long row is rotated first: so much work that few programs, one for each
-multiprocessor, shall do it."""
-LONG_ROW = 2048
-"""Rows longer than this are rotated by few programs."""
-ROTATED_ROWS = 2
-"""Most rows whose rotation programs repeat; beyond, it is a kernel of its own."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,6 @@ def matvec(
     w_scale: Tensor,
     rows: int,
     piece: int = 1,
-    rotated: bool = False,
     block_n: int | None = None,
     num_warps: int | None = None,
     maxnreg: int | None = None,
@@ -93,7 +85,7 @@ def matvec(
     """The tiles of a weight; None where the batched kernels serve better, or only they can.
 
     Those take more than MAX_ROWS rows, and weights that are no whole, aligned words. The parts are
-    multiples of `piece`, a power of two. `rotated` says that programs rotate the row first.
+    multiples of `piece`, a power of two.
     """
     n, row_bytes = w_q.shape
     width, group = row_bytes, 0
@@ -101,29 +93,22 @@ def matvec(
         width = 2 * row_bytes
         group = width // w_scale.shape[1]
     aligned = row_bytes % 4 == 0 and w_q.storage_offset() % 4 == 0 and w_q.is_contiguous()
-    if (
-        rows > (ROTATED_ROWS if rotated else MAX_ROWS)
-        or not aligned
-        or group & (group - 1)
-        or 0 < group < 8
-    ):
+    if rows > MAX_ROWS or not aligned or group & (group - 1) or 0 < group < 8:
         return None
     parts = parts_of(width, max(128, piece, group))
     held = sum(parts) if group == 0 else sum(parts) // 2
-    long = rotated and width > LONG_ROW
-    most, programs = (ROTATED_TILE_BYTES, PROGRAMS // 2) if long else (TILE_BYTES, PROGRAMS)
-    block_n = block_n or _block_n(n, held, most, programs)
-    warps = num_warps or (8 if long or block_n * held > TILE_BYTES else 4)
+    block_n = block_n or _block_n(n, held)
+    warps = num_warps or (8 if block_n * held > TILE_BYTES else 4)
     columns = min(128, min(parts) // (8 if group else 4))
-    # Two programs of eight warps have 128 registers a thread, one of a long row has 255.
-    registers = maxnreg or ((255 if long else 128) if warps == 8 else None)
+    # Two programs of eight warps have 128 registers a thread.
+    registers = maxnreg or (128 if warps == 8 else None)
     return Matvec(width, parts, group, columns, block_n, warps, registers)
 
 
-def _block_n(n: int, row_bytes: int, most: int, programs: int) -> int:
+def _block_n(n: int, row_bytes: int) -> int:
     """The largest power of two of rows that leaves enough programs and enough registers."""
     block_n = 1
-    while 2 * block_n * row_bytes <= most and n >= 2 * block_n * programs:
+    while 2 * block_n * row_bytes <= TILE_BYTES and n >= 2 * block_n * PROGRAMS:
         block_n *= 2
     return block_n
 
@@ -133,14 +118,14 @@ def piece_of(width: int) -> int:
     return min(512, max(128, width & -width))
 
 
-def _rotation(how: Rotation) -> dict[str, Any]:
-    constants = how.constants()
-    del constants["STACKED"]
-    return constants
+def _words(q: Tensor) -> Tensor:
+    """Bytes [rows, width] as int32 [rows, width / 4]."""
+    return q.view(torch.int32)
 
 
-def _words(w_q: Tensor) -> Tensor:
-    return w_q.view(torch.int32)
+def _in_words(q: Tensor) -> bool:
+    """Whether the rows of int8 [rows, width] begin where words do."""
+    return q.storage_offset() % WORD == 0 and q.stride(0) % WORD == 0
 
 
 def _step(scale: Tensor) -> int:
@@ -194,10 +179,12 @@ def normed(x, weights, eps, K: tl.constexpr):
 
 
 @triton.jit
-def _store(y, out, residual, residual_stride, row, n, N):  # noqa: ANN202
-    if residual is not None:
-        y = tl.load(residual + row * residual_stride + n, mask=n < N) + y
-    tl.store(out + row * N + n, y, mask=n < N)
+def _load_residual(residual, residual_stride, row, n):  # noqa: ANN202
+    """What is added to the products of rows n, or zero where there is nothing."""
+    if residual is None:
+        return 0.0
+    else:
+        return tl.load(residual + row * residual_stride + n)
 
 
 @triton.jit
@@ -224,14 +211,16 @@ def _linear_kernel(  # noqa: ANN202
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = tl.minimum(n, N - 1)
-    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
     b = load_bias(bias, held)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
     for row in range(rows):
-        words = load_words(x + row * x_stride, PARTS, K)
         scale = tl.load(x_scale + row * x_scale_step)
-        y = product(weight, scales, words, scale, GROUP) + b
-        _store(y, out, residual, residual_stride, row, n, N)
+        before = _load_residual(residual, residual_stride, row, held)
+        words = load_words(x + row * x_stride, PARTS, K)
+        y = before + (product(weight, scales, words, scale, GROUP) + b)
+        tl.store(out + row * N + n, y, mask=n < N)
 
 
 @triton.jit
@@ -257,15 +246,16 @@ def _norm_kernel(  # noqa: ANN202
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = tl.minimum(n, N - 1)
-    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
-    b = load_bias(bias, held)
     norm_weights = load_norm(norm_weight, K, PIECE)
+    b = load_bias(bias, held)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
     for row in range(rows):
         pieces = load_pieces(x + row * x_stride, K, PIECE)
         words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
         y = product(weight, scales, words, scale, GROUP) + b
-        _store(y, out, None, 0, row, n, N)
+        tl.store(out + row * N + n, y, mask=n < N)
 
 
 @triton.jit
@@ -277,159 +267,65 @@ def load_norm(norm_weight, K: tl.constexpr, PIECE: tl.constexpr):
         return load_pieces(norm_weight, K, PIECE)
 
 
-@triton.jit
-def _hadamard_kernel(  # noqa: ANN202
-    x,
-    x_stride,
-    rows,
-    w,
-    w_scale,
-    w_scale_step,
-    bias,
-    residual,
-    residual_stride,
-    out,
-    N,
-    WIDTH: tl.constexpr,
-    SIGNS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
-    INNER: tl.constexpr,
-    FACTOR: tl.constexpr,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHAIN: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = tl.minimum(n, N - 1)
-    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
-    b = load_bias(bias, held)
-    await_inputs(CHAIN)
-    for row in range(rows):
-        pieces = load_pieces(x + row * x_stride, K, WIDTH)
-        words, scale = rotated(pieces, PARTS, SIGNS, DOUBLINGS, INNER, FACTOR)
-        y = product(weight, scales, words, scale, GROUP) + b
-        _store(y, out, residual, residual_stride, row, n, N)
-
-
-@triton.jit
-def _gated_kernel(  # noqa: ANN202
-    x,
-    x_stride,
-    gate,
-    gate_stride,
-    gate_scale,
-    norm_weight,
-    eps,
-    rows,
-    w,
-    w_scale,
-    w_scale_step,
-    bias,
-    residual,
-    residual_stride,
-    out,
-    N,
-    NORM_FIRST: tl.constexpr,
-    SCALE_PER_CHANNEL: tl.constexpr,
-    ROTATE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SIGNS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
-    INNER: tl.constexpr,
-    FACTOR: tl.constexpr,
-    K: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHAIN: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = tl.minimum(n, N - 1)
-    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
-    b = load_bias(bias, held)
-    await_inputs(CHAIN)
-    for row in range(rows):
-        y = load_pieces(x + row * x_stride, K, WIDTH)
-        gates = load_pieces(gate + row * gate_stride, K, WIDTH)
-        # From the cache for each row anew: as many registers as the row itself takes would hold it.
-        norm_weights = load_pieces(norm_weight, K, WIDTH)
-        factors = _gates(gates, gate_scale, SCALE_PER_CHANNEL, K, WIDTH)
-        if NORM_FIRST:
-            y = _multiplied(normed(y, norm_weights, eps, K), factors)
-        else:
-            y = normed(_multiplied(y, factors), norm_weights, eps, K)
-        if ROTATE:
-            words, scale = rotated(y, PARTS, SIGNS, DOUBLINGS, INNER, FACTOR)
-        else:
-            words, scale = quantized(y, PARTS)
-        y = product(weight, scales, words, scale, GROUP) + b
-        _store(y, out, residual, residual_stride, row, n, N)
-
-
-@triton.jit
-def _gates(  # noqa: ANN202
-    gate,
-    gate_scale,
-    SCALE_PER_CHANNEL: tl.constexpr,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """silu of the pieces of an int8 gate."""
-    factors = ()
-    if SCALE_PER_CHANNEL:
-        channel_scales = load_pieces(gate_scale, K, WIDTH)
-        for i in tl.static_range(len(gate)):
-            factors = factors + (silu(to_float(gate[i]) * channel_scales[i]),)
-    else:
-        for i in tl.static_range(len(gate)):
-            factors = factors + (silu(to_float(gate[i]) * tl.load(gate_scale)),)
-    return factors
-
-
-@triton.jit
-def _multiplied(x, y):  # noqa: ANN202
-    products = ()
-    for i in tl.static_range(len(x)):
-        products = products + (x[i] * y[i],)
-    return products
-
-
-def int8_linear_rows(
+def int8_linear(
     x_q: Tensor,
     x_scale: Tensor,
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None = None,
-    residual: Tensor | None = None,
     *,
     block_n: int | None = None,
     num_warps: int | None = None,
     maxnreg: int | None = None,
 ) -> Tensor:
-    """`ssmc.ops.int8_linear` of at most MAX_ROWS rows; `kernels.matmul` takes over beyond.
-
-    With a residual [..., N] it is `ssmc.ops.int8_linear_add`.
-    """
-    x = row_view(x_q)
-    how = matvec(w_q, w_scale, x.shape[0], 1, False, block_n, num_warps, maxnreg)
+    """Kernel of `ssmc.ops.int8_linear`; that of `ssmc.kernels.matmul` where `matvec` is None."""
+    how = matvec(w_q, w_scale, _rows(x_q), 1, block_n, num_warps, maxnreg)
     if how is None:
-        from ssmc.kernels.matmul import int8_linear, int8_linear_add
+        return matmul.int8_linear(x_q, x_scale, w_q, w_scale, bias)
+    return _linear(x_q, x_scale, w_q, w_scale, bias, None, how)
 
-        if residual is not None:
-            return int8_linear_add(x_q, x_scale, w_q, w_scale, bias, residual)
-        return int8_linear(x_q, x_scale, w_q, w_scale, bias)
-    n = w_q.shape[0]
-    out = torch.empty((*x_q.shape[:-1], n), device=x.device)
+
+def int8_linear_add(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    block_n: int | None = None,
+    num_warps: int | None = None,
+    maxnreg: int | None = None,
+) -> Tensor:
+    """Kernel of `ssmc.ops.int8_linear_add`; falls back as `int8_linear`."""
+    how = matvec(w_q, w_scale, _rows(x_q), 1, block_n, num_warps, maxnreg)
+    if how is None:
+        return matmul.int8_linear_add(x_q, x_scale, w_q, w_scale, bias, residual)
+    return _linear(x_q, x_scale, w_q, w_scale, bias, residual, how)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    how: Matvec,
+) -> Tensor:
+    x, n = row_view(x_q), w_q.shape[0]
+    words = _words(x if _in_words(x) else x.clone(memory_format=torch.contiguous_format))
     before = None if residual is None else row_view(residual)
+    out = torch.empty((*x_q.shape[:-1], n), device=x.device)
     launch(
         _linear_kernel,
         (triton.cdiv(n, how.block_n),),
-        x,
-        x.stride(0),
+        words,
+        words.stride(0),
         x_scale,
         _step(x_scale),
         x.shape[0],
@@ -463,11 +359,9 @@ def norm_linear_step(
     flat = row_view(x)
     m, n = flat.shape[0], w_q.shape[0]
     piece = piece_of(x.shape[-1])
-    how = matvec(w_q, w_scale, m, piece, False, block_n, num_warps, maxnreg)
+    how = matvec(w_q, w_scale, m, piece, block_n, num_warps, maxnreg)
     if how is None:
-        from ssmc.kernels.norm import rms_norm_quantize
-
-        return int8_linear_rows(*rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias)
+        return int8_linear(*rms_norm_quantize(x, norm_weight, eps), w_q, w_scale, bias)
     out = torch.empty((*x.shape[:-1], n), device=x.device)
     launch(
         _norm_kernel,
@@ -485,113 +379,6 @@ def norm_linear_step(
         n,
         device=x.device,
         PIECE=piece,
-        **how.constants(),
-    )
-    return out
-
-
-def hadamard_linear_step(
-    x: Tensor,
-    block: int,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    *,
-    block_n: int | None = None,
-    num_warps: int | None = None,
-    maxnreg: int | None = None,
-) -> Tensor:
-    """Kernel of `ssmc.ops.hadamard_linear_step`; two kernels where one has no tiles or rotation."""
-    flat, before = row_view(x), row_view(residual)
-    m, n = flat.shape[0], w_q.shape[0]
-    rotation = plan(x.shape[-1], block)
-    how = None
-    if rotation is not None and rotation.width >= WORD:
-        how = matvec(w_q, w_scale, m, rotation.width, True, block_n, num_warps, maxnreg)
-    if how is None or rotation is None:
-        from ssmc.kernels.hadamard import hadamard_quantize
-
-        return int8_linear_rows(*hadamard_quantize(x, block), w_q, w_scale, bias, residual)
-    out = torch.empty((*x.shape[:-1], n), device=x.device)
-    launch(
-        _hadamard_kernel,
-        (triton.cdiv(n, how.block_n),),
-        flat,
-        flat.stride(0),
-        m,
-        _words(w_q),
-        w_scale,
-        _step(w_scale),
-        bias,
-        before,
-        before.stride(0),
-        out,
-        n,
-        device=x.device,
-        **_rotation(rotation),
-        **how.constants(),
-    )
-    return out
-
-
-def gated_norm_linear_step(
-    x: Tensor,
-    gate_q: Tensor,
-    gate_scale: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int | None,
-    norm_before_gate: bool,
-    block: int,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    *,
-    block_n: int | None = None,
-    num_warps: int | None = None,
-    maxnreg: int | None = None,
-) -> Tensor:
-    """Kernel of `ssmc.ops.gated_norm_linear_step`; two kernels also for norms of several groups."""
-    flat, gate, before = row_view(x), row_view(gate_q), row_view(residual)
-    m, n = flat.shape[0], w_q.shape[0]
-    rotation = plan(x.shape[-1], block)
-    how = None
-    if rotation is not None and rotation.width >= WORD and group_size in (None, x.shape[-1]):
-        how = matvec(w_q, w_scale, m, rotation.width, True, block_n, num_warps, maxnreg)
-    if how is None or rotation is None:
-        from ssmc.kernels.norm import gated_norm_quantize
-
-        q, scale = gated_norm_quantize(
-            x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
-        )
-        return int8_linear_rows(q, scale, w_q, w_scale, bias, residual)
-    out = torch.empty((*x.shape[:-1], n), device=x.device)
-    launch(
-        _gated_kernel,
-        (triton.cdiv(n, how.block_n),),
-        flat,
-        flat.stride(0),
-        gate,
-        gate.stride(0),
-        gate_scale,
-        weight,
-        eps,
-        m,
-        _words(w_q),
-        w_scale,
-        _step(w_scale),
-        bias,
-        before,
-        before.stride(0),
-        out,
-        n,
-        device=x.device,
-        NORM_FIRST=norm_before_gate,
-        SCALE_PER_CHANNEL=gate_scale.numel() > 1,
-        ROTATE=block > 1,
-        **_rotation(rotation),
         **how.constants(),
     )
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
-from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
 from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
 from ssmc.kernels.matvec_tiles import product, quantized
 from ssmc.kernels.pieces import load_pieces
@@ -23,12 +23,12 @@ BLOCK_C = 256
 
 
 @triton.jit
-def _load_taps(w, scale, scale_step, bias, x_scale, c, inside, TAPS: tl.constexpr):  # noqa: ANN202
-    """What channels c of the convolution know before: weights, the scale of its sums, bias."""
+def _load_taps(w, scale, scale_step, bias, c, inside, TAPS: tl.constexpr):  # noqa: ANN202
+    """What channels c of the convolution know before: weights, their scale, bias."""
     weights = ()
     for k in tl.static_range(TAPS):
-        weights = weights + (tl.load(w + c * TAPS + k, mask=inside, other=0).to(tl.int32),)
-    scale = tl.load(scale + c * scale_step, mask=inside, other=1.0) * x_scale
+        weights = weights + (tl.load(w + c * TAPS + k, mask=inside, other=0),)
+    scale = tl.load(scale + c * scale_step, mask=inside, other=1.0)
     if bias is None:
         return weights, scale, 0.0
     else:
@@ -47,10 +47,11 @@ def _load_history(state, c, inside, C, TAPS: tl.constexpr):  # noqa: ANN202
 @triton.jit
 def _step(  # noqa: ANN202
     q,
+    x_scale,
     history,
     taps,
     state,
-    u_inverse,
+    u_scale,
     u_q,
     y,
     c,
@@ -63,13 +64,13 @@ def _step(  # noqa: ANN202
     """One position of channels c of a sequence: store the result and the history, moved on."""
     inputs = history + (q,)
     weights, scale, bias = taps
-    total = inputs[0].to(tl.int32) * weights[0]
+    total = inputs[0].to(tl.int32) * weights[0].to(tl.int32)
     for k in tl.static_range(1, TAPS):
-        total += inputs[k].to(tl.int32) * weights[k]
-    result = times_scale(total, scale) + bias
+        total += inputs[k].to(tl.int32) * weights[k].to(tl.int32)
+    result = times_scale(total, scale * x_scale) + bias
     if SILU:
         result = silu(result)
-    tl.store(u_q + c, to_int8(result, u_inverse), mask=inside & (c < U))
+    tl.store(u_q + c, to_int8(result, inverse_of(u_scale)), mask=inside & (c < U))
     tl.store(y + c - U, result, mask=inside & (c >= U))
     # Threads that hold copies of a channel have read its history before one of them changes it.
     tl.debug_barrier()
@@ -115,29 +116,32 @@ def _in_proj_kernel(  # noqa: ANN202
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held = tl.minimum(n, N - 1)
-    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
-    b = load_bias(bias, held)
-    norm_weights = load_norm(norm_weight, K, PIECE)
-    q_scale = tl.load(out_scale + held * out_scale_step)
-    q_inverse = inverse_of(q_scale)
     c = n - conv_start
     inside = (c >= 0) & (c < C)
-    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, q_scale, c, inside, TAPS)
-    u_inverse = inverse_of(tl.load(u_scale + c, mask=inside & (c < U), other=1.0))
+    # Nothing is computed of these yet: that would wait for them before the inputs are waited for.
+    norm_weights = load_norm(norm_weight, K, PIECE)
+    q_scale = tl.load(out_scale + held * out_scale_step)
+    b = load_bias(bias, held)
+    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
+    channel_scale = tl.load(u_scale + c, mask=inside & (c < U), other=1.0)
+    weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
     for row in range(rows):
         row_state = state + row * ((TAPS - 1) * C)
-        history = _load_history(row_state, c, inside, C, TAPS)
         pieces = load_pieces(x + row * x_stride, K, PIECE)
+        history = _load_history(row_state, c, inside, C, TAPS)
         words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
-        result = to_int8(product(weight, scales, words, scale, GROUP) + b, q_inverse)
+        result = product(weight, scales, words, scale, GROUP) + b
+        result = to_int8(result, inverse_of(q_scale))
         tl.store(q + row * N + n, result, mask=n < N)
         _step(
             result,
+            q_scale,
             history,
             taps,
             row_state,
-            u_inverse,
+            channel_scale,
             u_q + row * U,
             y + row * (C - U),
             c,
@@ -174,18 +178,19 @@ def _conv_kernel(  # noqa: ANN202
     row = tl.program_id(1).to(tl.int64)
     inside = c < C
     scale = tl.load(q_scale + c * q_scale_step, mask=inside, other=1.0)
-    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, scale, c, inside, TAPS)
-    u_inverse = inverse_of(tl.load(u_scale + c, mask=inside & (c < U), other=1.0))
+    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
+    channel_scale = tl.load(u_scale + c, mask=inside & (c < U), other=1.0)
     await_inputs(CHAIN)
     row_state = state + row * ((TAPS - 1) * C)
     history = _load_history(row_state, c, inside, C, TAPS)
     newest = tl.load(q + row * q_stride + c, mask=inside, other=0)
     _step(
         newest,
+        scale,
         history,
         taps,
         row_state,
-        u_inverse,
+        channel_scale,
         u_q + row * U,
         y + row * (C - U),
         c,
@@ -226,7 +231,7 @@ def in_proj_conv_step(
     flat = row_view(x)
     m, n, channels, width = flat.shape[0], w_q.shape[0], conv_w_q.shape[0], u_scale.numel()
     piece = piece_of(x.shape[-1])
-    how = matvec(w_q, w_scale, m, piece, False, block_n, num_warps, maxnreg)
+    how = matvec(w_q, w_scale, m, piece, block_n, num_warps, maxnreg)
     u_q = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
     y = torch.empty((*x.shape[:-1], channels - width), device=x.device)
     conv = (conv_w_q, conv_w_scale, int(conv_w_scale.numel() > 1), conv_bias, state_q, u_scale)
@@ -280,8 +285,8 @@ def in_proj_conv_step(
         channels,
         width,
         device=x.device,
-        PIECE=piece,
         **shape,
+        PIECE=piece,
         **how.constants(),
     )
     return q, u_q, y, state_q

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, scale_for, times_scale, to_int8_within
-from ssmc.kernels.hadamard import rotate_pieces
 from ssmc.kernels.launch import INTERPRETED
 from ssmc.kernels.pieces import absmax_of, stack
 
@@ -183,14 +182,17 @@ def packed(q):
 
 @triton.jit
 def load_words(base, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The words of an int8 row at `base`, in parts; zeros beyond WIDTH."""
-    words = ()
+    """The words of a row of WIDTH int8 values at `base` (words), in parts; zeros beyond."""
+    loaded = ()
     for p in tl.static_range(len(PARTS)):
-        column = start_of(PARTS, p) + tl.arange(0, PARTS[p])
+        word = start_of(PARTS, p) // 4 + tl.arange(0, PARTS[p] // 4)
         if start_of(PARTS, p) + PARTS[p] > WIDTH:
-            words = words + (packed(tl.load(base + column, mask=column < WIDTH, other=0)),)
+            loaded = loaded + (tl.load(base + word, mask=word < WIDTH // 4, other=0),)
         else:
-            words = words + (packed(tl.load(base + column)),)
+            loaded = loaded + (tl.load(base + word),)
+    words = ()
+    for p in tl.static_range(len(PARTS)):  # when all are on their way
+        words = words + (tl.gather(loaded[p], tl.arange(0, PARTS[p] // 4), 0),)
     return words
 
 
@@ -210,54 +212,6 @@ def quantized(pieces, PARTS: tl.constexpr):
     for p in tl.static_range(len(PARTS)):
         part = joined(in_pieces, start_of(PARTS, p) // width, PARTS[p] // width)
         words = words + (_in_order(part),)
-    return words, scale
-
-
-@triton.jit
-def _butterfly(x, STEPS: tl.constexpr):  # noqa: ANN202
-    """Sylvester's matrix of order 2^STEPS times each run of each column of x [width, pieces].
-
-    From the far neighbours to the near, so that in the end neighbours are in one thread.
-    """
-    width: tl.constexpr = x.shape[0]
-    pieces: tl.constexpr = x.shape[1]
-    for step in tl.static_range(STEPS):
-        near = tl.reshape(x, [width >> (STEPS - step), 2, 2 ** (STEPS - step - 1), pieces])
-        a, b = tl.split(tl.permute(near, [0, 2, 3, 1]))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 3, 1, 2]), [width, pieces])
-    return x
-
-
-@triton.jit
-def rotated(
-    pieces,
-    PARTS: tl.constexpr,
-    SIGNS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
-    INNER: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
-    """`hadamard_quantize` of a row in pieces: (its words in parts, its scale).
-
-    The arguments are those of `ssmc.kernels.hadamard.Rotation`.
-    """
-    width: tl.constexpr = pieces[0].shape[0]
-    mixed = rotate_pieces(pieces, SIGNS, DOUBLINGS - INNER, 0, 0, 1.0)
-    parts = ()
-    absmax = 0.0
-    for p in tl.static_range(len(PARTS)):
-        part = joined(mixed, start_of(PARTS, p) // width, PARTS[p] // width)
-        part = _butterfly(part, INNER) * FACTOR
-        absmax = tl.maximum(absmax, tl.max(tl.abs(part)))
-        parts = parts + (part,)
-    scale = scale_for(absmax)
-    inverse = inverse_of(scale)
-    words = ()
-    for p in tl.static_range(len(PARTS)):
-        q = to_int8_within(parts[p], inverse)
-        fours = tl.reshape(q, [width // 4, 2, 2, PARTS[p] // width])
-        even, odd = tl.split(tl.permute(fours, [0, 3, 1, 2]))
-        words = words + (_in_order(_word(even, odd)),)
     return words, scale
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_rms, silu, to_float
-from ssmc.kernels.hadamard import plan, rotate_pieces, warps_for
-from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels.hadamard import MANY_ROWS, plan, rotate_pieces, warps_for
+from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
 from ssmc.kernels.pieces import load_piece, load_pieces, piece_width, store_pieces, store_quantized
 
 
@@ -150,6 +150,21 @@ def _of_groups(  # noqa: ANN202
 
 
 @triton.jit
+def _piece(  # noqa: ANN202
+    loaded,
+    start,
+    i: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Piece i of a row of constants, which may have been loaded before."""
+    if len(loaded) > 0:
+        return loaded[i]
+    else:
+        return load_piece(start, i, N, WIDTH)
+
+
+@triton.jit
 def _gated_kernel(  # noqa: ANN202
     x,
     x_stride,
@@ -165,6 +180,7 @@ def _gated_kernel(  # noqa: ANN202
     NORM_FIRST: tl.constexpr,
     SCALE_PER_CHANNEL: tl.constexpr,
     ROTATE: tl.constexpr,
+    FEW: tl.constexpr,
     WIDTH: tl.constexpr,
     SIGNS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
@@ -174,6 +190,13 @@ def _gated_kernel(  # noqa: ANN202
     CHAIN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    weights = ()
+    scales = ()
+    if FEW:  # so that its many warps have the registers
+        weights = load_pieces(weight, N, WIDTH)
+        if SCALE_PER_CHANNEL:
+            scales = load_pieces(gate_scale, N, WIDTH)
+        let_next_load(CHAIN)
     await_inputs(CHAIN)
     factors = ()
     gated = ()
@@ -182,7 +205,7 @@ def _gated_kernel(  # noqa: ANN202
         y = load_piece(x + row * x_stride, i, N, WIDTH)
         gates = to_float(load_piece(gate + row * gate_stride, i, N, WIDTH))
         if SCALE_PER_CHANNEL:
-            factor = silu(gates * load_piece(gate_scale, i, N, WIDTH))
+            factor = silu(gates * _piece(scales, gate_scale, i, N, WIDTH))
         else:
             factor = silu(gates * tl.load(gate_scale))
         if NORM_FIRST:
@@ -198,7 +221,7 @@ def _gated_kernel(  # noqa: ANN202
     pieces = ()
     for i in tl.static_range(len(gated)):
         y = gated[i] * _of_groups(inverses, i, GROUP_SIZE, WIDTH)
-        y = y * load_piece(weight, i, N, WIDTH)
+        y = y * _piece(weights, weight, i, N, WIDTH)
         if NORM_FIRST:
             y = y * factors[i]
         pieces = pieces + (y,)
@@ -255,6 +278,7 @@ def gated_norm_quantize(
         NORM_FIRST=norm_before_gate,
         SCALE_PER_CHANNEL=gate_scale.numel() > 1,
         ROTATE=block > 1,
+        FEW=m < MANY_ROWS,
         **rotation.constants(),
         num_warps=num_warps or warps_for(m, n, few=4),
     )

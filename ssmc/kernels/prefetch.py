@@ -7,6 +7,19 @@ import triton.language as tl
 
 
 @triton.jit
+def prefetch(pointers):
+    """Bring the sectors of 32 bytes pointed at into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def prefetch_rows(matrix, row, count, width, ROWS: tl.constexpr, ENABLED: tl.constexpr):
     """Bring rows row .. row + ROWS of a contiguous byte matrix [count, width] into the L2 cache.
 

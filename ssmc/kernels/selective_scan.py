@@ -1,8 +1,9 @@
 """The selective scan of a prompt on int8 operands: `int8_selective_scan` for any length.
 
-On a GPU the kernel of `ssmc.kernels.selective_scan_warps` does it. The kernel here is for Triton's
-interpreter and for what that one does not take: a program holds the states of some channels and
-goes along the length in tiles, of which only the chain h = fma(decay, h, step) is sequential.
+On a Hopper GPU the kernel of `ssmc.kernels.selective_scan_warps` does it. The one here is for other
+GPUs, Triton's interpreter and what that one does not take: a program holds the states of some
+channels and goes along the length in tiles, of which only the chain h = fma(decay, h, step) is
+sequential.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from ssmc.errors import UsageError
 from ssmc.kernels import selective_scan_warps
@@ -20,8 +22,9 @@ from ssmc.kernels.arithmetic import LOG2E, parameter, silu, softplus
 from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
 
 _TOKENS = 32  # positions a program makes B and C of
-MANY_CHANNELS = 4096
-"""From here on a warp takes four channels, with fewer two: there are warps enough to fill a GPU."""
+_FLAGS = 256  # set to zero at a time
+MANY_CHANNELS, FEW_CHANNELS = 3072, 1280
+"""From MANY on a lane holds four states, below FEW one: few channels are spread over more lanes."""
 
 
 @triton.jit
@@ -58,9 +61,12 @@ def _tokens_kernel(  # noqa: ANN202
     C_q,
     C_scale,
     tokens,
+    token_scales,
+    flags,
     length,
     states,
     rows,
+    blocks,
     B_batch,
     B_row,
     B_scale_batch,
@@ -72,11 +78,13 @@ def _tokens_kernel(  # noqa: ANN202
     REVERSE: tl.constexpr,
     T: tl.constexpr,
     N: tl.constexpr,
+    FLAGS: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    """`tokens` float32 [batch, rows, N, 2]: B and C in the order of the scan, zeros past the end.
+    """B and C in the order of the scan, zeros past the end; all channels use them.
 
-    All channels use them, so they are made float32 once, with B and C of a state side by side.
+    `tokens` int32 [batch, rows, N] are the integers as bfloat16, B in the high half and C in the
+    low one; `token_scales` float32 [batch, rows, 2]. `flags` [blocks] are set to zero.
     """
     await_inputs(CHAIN)
     batch = tl.program_id(1).to(tl.int64)
@@ -89,10 +97,22 @@ def _tokens_kernel(  # noqa: ANN202
     C = tl.load(C_q + batch * C_batch + at[:, None] * C_row + state[None, :], mask=mask, other=0)
     B_s = tl.load(B_scale + batch * B_scale_batch + at * B_scale_row, mask=inside, other=0.0)
     C_s = tl.load(C_scale + batch * C_scale_batch + at * C_scale_row, mask=inside, other=0.0)
-    pairs = tl.join(B.to(tl.float32) * B_s[:, None], C.to(tl.float32) * C_s[:, None])
-    column = tl.arange(0, 2 * N)
-    target = tokens + (batch * rows + step)[:, None] * (2 * N) + column[None, :]
-    tl.store(target, tl.reshape(pairs, (T, 2 * N)), mask=(step < rows)[:, None])
+    words = _bits(B) | (_bits(C) >> 16) & 0xFFFF
+    row = batch * rows + step
+    target = tokens + row[:, None] * N + state[None, :]
+    tl.store(target, words, mask=(step < rows)[:, None])
+    tl.store(token_scales + row * 2, B_s, mask=step < rows)
+    tl.store(token_scales + row * 2 + 1, C_s, mask=step < rows)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        for first in range(0, blocks, FLAGS):
+            flag = first + tl.arange(0, FLAGS)
+            tl.store(flags + flag, 0, mask=flag < blocks)
+
+
+@triton.jit
+def _bits(q):  # noqa: ANN202
+    """int8 as float32, of which the low half is zero, in its bits."""
+    return q.to(tl.float32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -111,6 +131,7 @@ def _scan_kernel(  # noqa: ANN202
     A,
     dt_bias,
     tokens,
+    token_scales,
     D,
     z_q,
     z_scale,
@@ -167,10 +188,15 @@ def _scan_kernel(  # noqa: ANN202
             dt = softplus(dt)
         # A step of zero past the end leaves the state as it is.
         dt = tl.where((step < length)[:, None], dt, 0.0)
-        token = tokens + (batch * rows + step)[:, None] * (2 * N) + 2 * state[None, :]
-        states_at = _recur(dt, dt * u, tl.load(token), decay_rate, h)
+        row = batch * rows + step
+        words = tl.load(tokens + row[:, None] * N + state[None, :])
+        B = (words & -65536).to(tl.float32, bitcast=True)
+        C = (words << 16).to(tl.float32, bitcast=True)
+        dt_u = dt * u * tl.load(token_scales + row * 2)[:, None]
+        states_at = _recur(dt, dt_u, B, decay_rate, h)
         h = tl.reduce(states_at, 0, _later)
-        out = tl.sum(states_at * tl.load(token + 1)[:, :, None], 1)
+        out = tl.sum(states_at * C[:, :, None], 1)
+        out *= tl.load(token_scales + row * 2 + 1)[:, None]
         if D is not None:
             out = tl.fma(u, skip[None, :], out)
         if z_q is not None:
@@ -208,8 +234,8 @@ def int8_selective_scan(
 
     u_q, dt_q, z_q [B, L, D] may be views of wider rows. u_scale, dt_scale, z_scale are [] or [D],
     B_scale and C_scale [] or [B, L, 1]. Launch parameters are powers of two: `lanes` of a warp for
-    a channel, `num_warps` a program; `block_d` channels and `block_t` positions are a tile of the
-    kernel without lanes, and choose it.
+    a channel, `num_warps` a program (of the lanes, and as many besides), `block_t` positions at a
+    time; `block_d` channels a program chooses the kernel without lanes.
     UsageError when z_q and z_scale do not come together.
     """
     if (z_q is None) != (z_scale is None):
@@ -217,57 +243,96 @@ def int8_selective_scan(
     batch, length, width = u_q.shape
     states = A.shape[1]
     device = u_q.device
-    lanes = lanes or (8 if batch * width >= MANY_CHANNELS else 16)
-    by_lanes = selective_scan_warps.constants(states, lanes, num_warps or 1)
-    if by_lanes is None or INTERPRETED or block_d is not None or not _takes_gluon(device):
+    u_q, dt_q, B_q, C_q = (_channels_adjoin(x) for x in (u_q, dt_q, B_q, C_q))
+    z_q = None if z_q is None else _channels_adjoin(z_q)
+    by_lanes = None
+    if block_d is None and not INTERPRETED and _is_hopper(device):
+        by_lanes = selective_scan_warps.constants(
+            states, lanes or _lanes(batch * width), num_warps or 4, block_t or 16
+        )
+    if by_lanes is None:
         tile = min(block_t or 16, triton.next_power_of_2(max(length, 1)))
         padded = triton.next_power_of_2(states)
         block_d = block_d or 8
-        kernel = _scan_kernel
-        meta = {"T": tile, "N": padded, "BLOCK_D": block_d, "num_warps": num_warps or 1}
     else:
-        tile = 2 * by_lanes["LANES"]
+        tile = by_lanes["T"]
         padded = by_lanes["LANES"] * by_lanes["SHARE"]
         block_d = 32 // by_lanes["LANES"] * by_lanes["num_warps"]
-        kernel = selective_scan_warps.scan_kernel
-        meta = by_lanes
+        u_q, dt_q = _copyable(u_q), _copyable(dt_q)
+        z_q = None if z_q is None else _copyable(z_q)
+    tiles, blocks = triton.cdiv(length, tile), triton.cdiv(width, block_d)
 
-    u_q, dt_q, B_q, C_q = (_channels_adjoin(x) for x in (u_q, dt_q, B_q, C_q))
-    z_q = None if z_q is None else _channels_adjoin(z_q)
     B_scale, C_scale = (x.expand(batch, length, 1) for x in (B_scale, C_scale))
     A, state = A.contiguous(), None if state is None else state.contiguous()
-    y = torch.empty(u_q.shape, dtype=torch.float32, device=device)
+    y = torch.empty((batch, length, width), dtype=torch.float32, device=device)
     new_state = torch.empty((batch, width, states), dtype=torch.float32, device=device)
-    rows = tile * (triton.cdiv(length, tile) + 1)
-    tokens = torch.empty((batch, rows, padded, 2), dtype=torch.float32, device=device)
+    rows = tile * (tiles + selective_scan_warps.AHEAD.value)
+    tokens = torch.empty((batch, rows, padded), dtype=torch.int32, device=device)
+    token_scales = torch.empty((batch, rows, 2), dtype=torch.float32, device=device)
+    flags = torch.empty(batch * blocks, dtype=torch.int32, device=device)
     launch(
         _tokens_kernel,
         (triton.cdiv(rows, _TOKENS), batch),
-        *(B_q, B_scale, C_q, C_scale, tokens, length, states, rows),
+        *(B_q, B_scale, C_q, C_scale, tokens, token_scales, flags),
+        *(length, states, rows, batch * blocks),
         *_strides(B_q, B_scale, C_q, C_scale),
         device=device,
         REVERSE=reverse,
         T=_TOKENS,
         N=padded,
+        FLAGS=_FLAGS,
         num_warps=4,
     )
-    z_strides = (0, 0) if z_q is None else _strides(z_q)
-    launch(
-        kernel,
-        (triton.cdiv(width, block_d), batch),
-        *(u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, D, z_q, z_scale, state, y, new_state),
-        *(length, width, states, rows, u_scale.dim(), dt_scale.dim()),
-        *(0 if z_scale is None else z_scale.dim(), *_strides(u_q, dt_q), *z_strides),
-        device=device,
-        SOFTPLUS=softplus,
-        REVERSE=reverse,
-        **meta,
+    strides = (
+        *(u_scale.dim(), dt_scale.dim(), 0 if z_scale is None else z_scale.dim()),
+        *_strides(u_q, dt_q),
+        *((0, 0) if z_q is None else _strides(z_q)),
     )
+    operands = (u_q, u_scale, dt_q, dt_scale, A, dt_bias, tokens, token_scales)
+    rest = (D, z_q, z_scale, state, y, new_state, length, width, states, rows)
+    if by_lanes is None:
+        launch(
+            _scan_kernel,
+            (blocks, batch),
+            *(*operands, *rest, *strides),
+            device=device,
+            SOFTPLUS=softplus,
+            REVERSE=reverse,
+            T=tile,
+            N=padded,
+            BLOCK_D=block_d,
+            num_warps=num_warps or 1,
+        )
+    else:
+        total = batch * blocks * tiles
+        share = selective_scan_warps.share(batch * blocks, tiles, _multiprocessors(device))
+        launch(
+            selective_scan_warps.scan_kernel,
+            (triton.cdiv(total, share),),
+            *(*operands, flags, *rest, blocks, tiles, total, share, *strides),
+            device=device,
+            SOFTPLUS=softplus,
+            REVERSE=reverse,
+            EVEN=width % block_d == 0,
+            **by_lanes,
+        )
     return y, new_state
+
+
+def _lanes(channels: int) -> int:
+    return 4 if channels >= MANY_CHANNELS else 8 if channels >= FEW_CHANNELS else 16
 
 
 def _channels_adjoin(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _copyable(x: Tensor) -> Tensor:
+    """x [B, L, C], or a copy with longer rows: they are to begin and end at multiples of 16."""
+    whole = selective_scan_warps.COPIED_BYTES
+    if all(n % whole == 0 for n in (x.shape[2], x.data_ptr(), *x.stride()[:2])):
+        return x
+    return functional.pad(x, (0, -x.shape[2] % whole)).contiguous()
 
 
 def _strides(*operands: Tensor) -> tuple[int, ...]:
@@ -276,5 +341,10 @@ def _strides(*operands: Tensor) -> tuple[int, ...]:
 
 
 @functools.cache
-def _takes_gluon(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,7 +17,8 @@ from ssmc.kernels.arithmetic import (
     times_scale,
     to_int8,
 )
-from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.launch import await_inputs, launch, let_next_load
+from ssmc.kernels.prefetch import prefetch
 
 
 @triton.jit
@@ -53,19 +54,6 @@ def _halves(low, high, w, scale, GROUP: tl.constexpr):  # noqa: ANN202
     HALF: tl.constexpr = GROUP // 2
     groups = tl.sum(tl.reshape(products, (S, D, w.shape[1] // HALF, HALF)), 3)
     return tl.sum(groups.to(tl.float64) * scale.to(tl.float64)[None, :, :], 2)
-
-
-@triton.jit
-def _prefetch(pointers):  # noqa: ANN202
-    """Bring the sectors pointed at into the L2 cache; nothing is read."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -119,8 +107,8 @@ def _step_kernel(  # noqa: ANN202
     if CHAIN:
         # Two sectors of 32 bytes are the 16 float32 states of a channel.
         own = state + (row * width + tl.minimum(channel, width - 1)[None, :]) * states
-        _prefetch(own)
-        _prefetch(own + states // 2)
+        prefetch(own)
+        prefetch(own + states // 2)
     if GROUP == 0:
         k = tl.arange(0, R)
         w_at = channel.to(tl.int64)[:, None] * rank + k[None, :]
@@ -140,7 +128,8 @@ def _step_kernel(  # noqa: ANN202
     proj_bias = parameter(dt_proj_bias, 1, channel, width)
     bias = parameter(dt_bias, 1, channel, width)
     skip = parameter(D, 1, channel, width)
-    decay_rate = tl.load(A + cell, mask=inside, other=0.0) * LOG2E
+    rate = tl.load(A + cell, mask=inside, other=0.0)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
 
     there = sequence < batch
@@ -173,7 +162,7 @@ def _step_kernel(  # noqa: ANN202
     if SOFTPLUS:
         dt = softplus(dt)
 
-    decay = tl.exp2(dt[:, :, None] * decay_rate[None, :, :])
+    decay = tl.exp2(dt[:, :, None] * (rate * LOG2E)[None, :, :])
     B = B_q.to(tl.float32) * B_s
     C = C_q.to(tl.float32) * C_s
     h = tl.fma(decay, h, (dt * u)[:, :, None] * B[:, None, :])

@@ -117,13 +117,13 @@ def chunk_weights(dt, rate, factor, CHUNK: tl.constexpr):
 
 @triton.jit
 def state_update(x, B, until_end, SPLIT: tl.constexpr):
-    """(until_end x)' B for x [T, P], B [T, N], until_end [T]; float32 [P, N]."""
+    """B' (until_end x) for x [T, P], B [T, N], until_end [T]; float32 [N, P]."""
     weighted = x.to(tl.float32) * until_end[:, None]
     high = weighted.to(tl.float16)
-    added = tl.dot(tl.trans(high), B)
+    added = tl.dot(tl.trans(B), high)
     if SPLIT:
         low = (weighted - high.to(tl.float32)).to(tl.float16)
-        added = tl.dot(tl.trans(low), B, added)
+        added = tl.dot(tl.trans(B), low, added)
     return added
 
 

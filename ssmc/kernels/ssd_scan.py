@@ -1,9 +1,10 @@
 """`int8_ssd_scan`: the scan of Mamba-2 over a prompt, all chunks side by side.
 
-Dao and Gu, 'Transformers are SSMs' (arXiv 2405.21060), section 6, in three kernels. The first
-computes what each position weighs within its chunk. The second carries the state through the
+Dao and Gu, 'Transformers are SSMs' (arXiv 2405.21060), section 6, in four kernels. The first makes
+B float16, which all heads of a group read: tensor cores take it as it lies there. The second
+computes what each position weighs within its chunk. The third carries the state through the
 chunks, a program a part of one head's state, and keeps the state in front of every chunk. In the
-third every program computes the outputs of one chunk, of several heads of one group: what the
+fourth every program computes the outputs of one chunk, of several heads of one group: what the
 positions of the chunk give to one another, by C B', which these heads share, and what the state in
 front of the chunk gives.
 
@@ -14,13 +15,14 @@ first divided by a bound on it, so that float16 neither overflows nor, within 2^
 loses bits. What goes into the state is the sum of two float16 numbers, and the state stays in
 float32 registers, so that it has about the precision of float32.
 
-Chained kernels. Each awaits the one in front before it lets the next begin. So the second and the
-third may read what was there before the first, and the third the weights too, without waiting.
+Chained kernels. Each awaits the one in front before it lets the next begin. So all but the first
+may read what was there before the first without waiting; the second waits only to write.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +47,8 @@ from ssmc.kernels.ssd_operands import (
 
 _PROGRAMS = 396  # three for each multiprocessor of a large GPU
 _REGISTERS = 168  # a thread, of four warps: for three programs a multiprocessor
-_COLUMNS = 64  # of the state a program: two programs a head where there are 128
+_CHANNELS = 64  # of the state a program, which loads B once for all of them
+_ROWS = 16  # of B a program that makes them float16
 
 
 @triton.jit
@@ -93,12 +96,12 @@ def _weights_kernel(
     B_at = of_head(B, batch, head // group_size, start)
     rate = tl.load(A + head) * LOG2E
     bias = 0.0 if dt_bias is None else tl.load(dt_bias + head)
-    await_inputs(CHAIN)
     step = step_sizes(dt_at[0], dt_at[1], dt, bias, limits, position, valid)
     _, x_factor = int8_rows(x_at[0], x_at[1], x, position, valid, width, WIDTH, X_FORM)
     _, B_factor = int8_rows(B_at[0], B_at[1], B, position, valid, rank, RANK, B_FORM)
     factor = x_factor * B_factor
     since, within, until_end, whole, largest = chunk_weights(step, rate, factor, CHUNK)
+    await_inputs(CHAIN)
     weights += row * chunks * CHUNK + t
     plane = rows * chunks * CHUNK
     tl.store(weights, since)
@@ -110,9 +113,37 @@ def _weights_kernel(
 
 
 @triton.jit
+def _halves_kernel(
+    B,
+    halves,
+    length,
+    groups,
+    rank,
+    REVERSE: tl.constexpr,
+    B_FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    CHAIN: tl.constexpr,
+) -> None:
+    """ROWS positions of B of one group as float16 integers, in the order of the scan.
+
+    halves is [B G, L, N], L rounded up to whole chunks.
+    """
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, group = row // groups, row % groups
+    s, n = tl.arange(0, ROWS), tl.arange(0, RANK)
+    start, position, valid = _positions(block, length, REVERSE, ROWS)
+    q, scale = of_head(B, batch, group, start)
+    await_inputs(CHAIN)
+    B_t, _ = int8_rows(q, scale, B, position, valid, rank, RANK, B_FORM)
+    t = (row * tl.num_programs(1) + block) * ROWS + s
+    tl.store(halves + t[:, None] * RANK + n[None, :], B_t)
+
+
+@triton.jit
 def _states_kernel(
     x,
-    B,
+    halves,
     state,
     until_end,
     sizes,
@@ -121,72 +152,64 @@ def _states_kernel(
     new_state,
     length,
     heads,
-    group_size,
+    groups,
     width,
     rank,
     REVERSE: tl.constexpr,
     X_FORM: tl.constexpr,
-    B_FORM: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
 ) -> None:
-    """Columns of the state of one head, through all chunks.
+    """CHANNELS of the state of one head, through all chunks.
 
-    before [B H, L / T, P, N] is the state in front of each chunk as float16, times 2^15 / bounds
-    [B H, L / T]; P and N rounded up to powers of two.
+    before [B H, L / T, N, P] is the state in front of each chunk as float16, times 2^15 / bounds
+    [B H, L / T, P / CHANNELS]; P and N rounded up to powers of two.
     """
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     batch, head = row // heads, row % heads
     chunks = tl.cdiv(length, CHUNK)
-    until_end += row * chunks * CHUNK
+    s, n, c = tl.arange(0, CHUNK), tl.arange(0, RANK), tl.arange(0, CHANNELS)
+    p = part * CHANNELS + c
+    until_end += row * chunks * CHUNK + s
     sizes += row * chunks
     plane = tl.num_programs(0).to(tl.int64) * chunks
-    before += row * chunks * WIDTH * RANK
-    bounds += row * chunks
-    p, s = tl.arange(0, WIDTH), tl.arange(0, CHUNK)
-    n = part * COLUMNS + tl.arange(0, COLUMNS)
-    tile = (row * width + p)[:, None] * rank + n[None, :]
-    in_tile = (p < width)[:, None] & (n < rank)[None, :]
-    channel = tl.full([WIDTH], 1.0, tl.float32)
+    group = batch * groups + head // (heads // groups)
+    halves += group * chunks * CHUNK * RANK + s[:, None] * RANK + n[None, :]
+    before += row * chunks * WIDTH * RANK + n[:, None] * WIDTH + p[None, :]
+    bounds += row * chunks * parts + part
+    cell = (row * width + p)[None, :] * rank + n[:, None]
+    in_cell = (p < width)[None, :] & (n < rank)[:, None]
+    channel = tl.full([CHANNELS], 1.0, tl.float32)
     if X_FORM == "column":
         channel = tl.load(x[1] + head * x[3][2] + p * x[3][3], p < width, 0.0)
-    h = tl.zeros([WIDTH, COLUMNS], tl.float32)
-    bound = 0.0
+    h = tl.zeros([RANK, CHANNELS], tl.float32)
     if state is not None:
-        h = tl.load(state + tile, in_tile, 0.0)
-        every = tl.arange(0, RANK)
-        all_columns = (row * width + p)[:, None] * rank + every[None, :]
-        in_all = (p < width)[:, None] & (every < rank)[None, :]
-        bound = tl.max(tl.abs(tl.load(state + all_columns, in_all, 0.0)))
-    bound = tl.maximum(bound, SMALL)
+        h = tl.load(state + cell, in_cell, 0.0).to(tl.float32)
+    bound = tl.maximum(tl.max(tl.abs(h)), SMALL)
     widest = tl.max(channel, 0) * (CHUNK * QMAX * QMAX)
     await_inputs(CHAIN)
 
-    whole, largest = tl.load(sizes), tl.load(sizes + plane)
-    for chunk in range(chunks):
-        following = tl.minimum(chunk + 1, chunks - 1)
-        next_whole, next_largest = tl.load(sizes + following), tl.load(sizes + plane + following)
+    for chunk in tl.range(0, chunks, num_stages=STAGES):
         start, position, valid = _positions(chunk, length, REVERSE, CHUNK)
         x_at = of_head(x, batch, head, start)
-        B_at = of_head(B, batch, head // group_size, start)
-        B_q, left = B_at[0] + part * COLUMNS, rank - part * COLUMNS
-        weight = tl.load(until_end + chunk * CHUNK + s)
-        x_t, _ = int8_rows(x_at[0], x_at[1], x, position, valid, width, WIDTH, X_FORM)
-        B_t, _ = int8_rows(B_q, B_at[1], B, position, valid, left, COLUMNS, B_FORM)
+        x_q, x_scale = x_at[0] + part * CHANNELS, x_at[1] + part * CHANNELS * x[3][3]
+        left = width - part * CHANNELS
+        x_t, _ = int8_rows(x_q, x_scale, x, position, valid, left, CHANNELS, X_FORM)
+        B_t, weight = tl.load(halves + chunk * CHUNK * RANK), tl.load(until_end + chunk * CHUNK)
+        whole, largest = tl.load(sizes + chunk), tl.load(sizes + plane + chunk)
         rounded = (h * (HALF_LIMIT / bound)).to(tl.float16)
-        tl.store(before + chunk * WIDTH * RANK + p[:, None] * RANK + n[None, :], rounded)
-        if part == 0:
-            tl.store(bounds + chunk, bound)
+        tl.store(before + chunk * WIDTH * RANK, rounded)
+        tl.store(bounds + chunk * parts, bound)
         growing = state_update(x_t, B_t, weight, SPLIT)
         remains = tl.exp2(whole)
-        h = tl.fma(growing, (channel * (largest * (1 / 256)))[:, None], h * remains)
+        h = tl.fma(growing, (channel * (largest * (1 / 256)))[None, :], h * remains)
         bound = tl.maximum(bound * remains + largest * widest, SMALL)
-        whole, largest = next_whole, next_largest
-    tl.store(new_state + tile, h, in_tile)
+    tl.store(new_state + cell, h.to(new_state.dtype.element_ty), in_cell)
 
 
 @triton.jit
@@ -213,6 +236,7 @@ def _outputs_kernel(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
     CHAIN: tl.constexpr,
 ) -> None:
     """y of a chunk, of `together` heads of one group."""
@@ -265,10 +289,11 @@ def _outputs_kernel(
             )
         inside = tl.dot(weight.to(tl.float16), x_t)
 
-        h = tl.load(before + here * WIDTH * RANK + p[:, None] * RANK + n[None, :])
-        since_start = C_factor * fast_exp2(since) * (tl.load(bounds + here) * (1 / HALF_LIMIT))
+        h = tl.load(before + here * WIDTH * RANK + n[:, None] * WIDTH + p[None, :])
+        bound = tl.load(bounds + here * (WIDTH // CHANNELS) + p // CHANNELS) * (1 / HALF_LIMIT)
         inside *= (channel * unit)[None, :]
-        result = tl.fma(tl.dot(C_t, tl.trans(h)), since_start[:, None], inside)
+        since_start = (C_factor * fast_exp2(since))[:, None] * bound[None, :]
+        result = tl.fma(tl.dot(C_t, h), since_start, inside)
         at = y + ((batch * length + start) * heads + head) * width
         at += (position * (heads * width))[:, None] + p[None, :]
         tl.store(at, result, valid[:, None] & (p < width)[None, :])
@@ -297,23 +322,25 @@ def int8_ssd_scan(
     reverse: bool = False,
     *,
     chunk: int | None = None,
-    columns: int | None = None,
+    channels: int | None = None,
     together: int | None = None,
     split: bool = True,
+    state_dtype: torch.dtype = torch.float32,
     num_warps: int | None = None,
     num_stages: int = 2,
     maxnreg: int | None = None,
-    state_warps: int = 4,
+    state_warps: int | None = None,
     state_stages: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """`ssmc.ops.int8_ssd_scan`: x_q [B, L, H, P], B_q and C_q [B, L, G, N] int8; any length.
 
     Integers may be views with adjacent channels, scales are any that broadcast. Returns y float32
     [B, L, H, P] to about 3e-4 and the new state [B, H, P, N] to about 3e-6; the state given stays
-    as it is. `chunk` positions (a power of two, at least 16) are one matrix product. A program
-    carries `columns` (likewise) of the state of one head, and writes y of `together` heads.
-    Without `split` the state is as precise as y. Warps, stages and registers are those of the
-    kernel that writes y, state_warps and state_stages those of the one that carries the state.
+    as it is and may be of 16 bits, the new one has `state_dtype`. `chunk` positions (a power of
+    two, at least 16) are one matrix product. A program carries `channels` (likewise) of the state
+    of one head, and writes y of `together` heads. Without `split` the state is as precise as y.
+    Warps, stages and registers are those of the kernel that writes y, state_warps and state_stages
+    those of the one that carries the state.
     """
     batch, length, heads, width = x_q.shape
     groups, rank = B_q.shape[2:]
@@ -323,49 +350,55 @@ def int8_ssd_scan(
     WIDTH, RANK = (max(16, triton.next_power_of_2(n)) for n in (width, rank))
     x, dt = operand(x_q, x_scale), operand(dt_q, dt_scale)
     B, C = operand(B_q, B_scale), operand(C_q, C_scale)
-    y, new_state, weights, sizes, bounds = (
-        torch.empty(shape, dtype=torch.float32, device=device)
-        for shape in (
-            x_q.shape,
-            (batch, heads, width, rank),
-            (3, rows, chunks * chunk),
-            (2, rows, chunks),
-            (rows, chunks),
-        )
-    )
-    before = torch.empty((rows, chunks, WIDTH, RANK), dtype=torch.float16, device=device)
+    X_FORM, B_FORM = form(x, "column", "row"), form(B, "row")
+    # Rows of x that are scaled anew need all of their columns.
+    channels = WIDTH if X_FORM == "any" else min(channels or _CHANNELS, WIDTH)
+    group_size = heads // groups
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    y = empty(*x_q.shape)
+    new_state = empty(batch, heads, width, rank, dtype=state_dtype)
+    weights, sizes = empty(3, rows, chunks * chunk), empty(2, rows, chunks)
+    halves = empty(batch * groups, chunks * chunk, RANK, dtype=torch.float16)
+    before = empty(rows, chunks, RANK, WIDTH, dtype=torch.float16)
+    bounds = empty(rows, chunks, WIDTH // channels)
     state = None if state is None else state.contiguous()
-    how = {
-        "REVERSE": reverse,
-        "X_FORM": form(x, "column", "row"),
-        "B_FORM": form(B, "row"),
-        "CHUNK": chunk,
-        "WIDTH": WIDTH,
-        "RANK": RANK,
-    }
-    shape = (length, heads, heads // groups, width, rank)
+    how = {"REVERSE": reverse, "RANK": RANK}
+    launch(
+        _halves_kernel,
+        (batch * groups, chunks * chunk // _ROWS),
+        *(B, halves, length, groups, rank),
+        device=device,
+        B_FORM=B_FORM,
+        ROWS=_ROWS,
+        num_warps=2,
+        **how,
+    )
+    how |= {"X_FORM": X_FORM, "CHUNK": chunk, "WIDTH": WIDTH}
     launch(
         _weights_kernel,
         (rows, chunks),
-        *(x, dt, B, A, dt_bias, (dt_min, dt_max), weights, sizes, *shape),
+        *(x, dt, B, A, dt_bias, (dt_min, dt_max), weights, sizes),
+        *(length, heads, group_size, width, rank),
         device=device,
+        B_FORM=B_FORM,
         num_warps=1,
         **how,
     )
-    # Rows of B that are scaled anew need all of their columns.
-    columns = RANK if how["B_FORM"] == "any" else min(columns or _COLUMNS, RANK)
     launch(
         _states_kernel,
-        (rows, RANK // columns),
-        *(x, B, state, weights[2], sizes, before, bounds, new_state, *shape),
+        (rows, WIDTH // channels),
+        *(x, halves, state, weights[2], sizes, before, bounds, new_state),
+        *(length, heads, groups, width, rank),
         device=device,
-        COLUMNS=columns,
+        CHANNELS=channels,
         SPLIT=split,
-        num_warps=state_warps,
-        num_stages=state_stages,
+        STAGES=state_stages,
+        num_warps=state_warps or max(4, channels // 8),
         **how,
     )
-    group_size = heads // groups
     num_warps = num_warps or (4 if chunk <= 64 and WIDTH * RANK <= 8192 else 8)
     together = together or _together(rows * chunks, group_size)
     launch(
@@ -374,10 +407,36 @@ def int8_ssd_scan(
         *(x, B, C, D, weights, sizes, before, bounds, y),
         *(length, heads, groups, width, rank, together),
         device=device,
+        B_FORM=B_FORM,
         C_FORM=form(C, "row"),
+        CHANNELS=channels,
         num_warps=num_warps,
         num_stages=num_stages,
         maxnreg=maxnreg or (_REGISTERS if num_warps == 4 else None),
         **how,
     )
     return y, new_state
+
+
+def int8_ssd_scan_state(
+    x_q: Tensor,
+    x_scale: Tensor,
+    dt_q: Tensor,
+    dt_scale: Tensor,
+    A: Tensor,
+    B_q: Tensor,
+    B_scale: Tensor,
+    C_q: Tensor,
+    C_scale: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    reverse: bool = False,
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
+    """Kernel of `ssmc.ops.int8_ssd_scan_state`; more precise than 16 bits its sums need not be."""
+    operands = (x_q, x_scale, dt_q, dt_scale, A, B_q, B_scale, C_q, C_scale, D, dt_bias, state)
+    how = {"split": state.dtype == torch.float32, **how}
+    return int8_ssd_scan(*operands, dt_min, dt_max, reverse, state_dtype=state.dtype, **how)

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.kernels.arithmetic import LOG2E, inverse_of, scale_for, softplus, to_int8
-from ssmc.kernels.launch import await_inputs, launch
+from ssmc.kernels.launch import await_inputs, launch, let_next_load
+from ssmc.kernels.prefetch import prefetch_rows
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _step_kernel(
     rank,
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
-    EARLY: tl.constexpr,
+    PREFETCH: tl.constexpr,
     CHAIN: tl.constexpr,
 ) -> None:
     """ROWS channels of one head of one sequence."""
@@ -58,16 +59,19 @@ def _step_kernel(
     in_tile = in_p[:, None] & in_n[None, :]
     channel = (sequence * heads + head) * width + p
     tile = state + channel[:, None] * rank + n[None, :]
-    rate = tl.load(A + head) * LOG2E
+    if PREFETCH:
+        start = (sequence * heads + head) * width + tl.program_id(1) * ROWS
+        size: tl.constexpr = state.dtype.element_ty.primitive_bitwidth // 8
+        matrix = state.to(tl.pointer_type(tl.int8), bitcast=True)
+        prefetch_rows(matrix, start, start + ROWS, rank * size, ROWS, CHAIN)
+    rate = tl.load(A + head)
     bias = 0.0 if dt_bias is None else tl.load(dt_bias + head)
     skip = 0.0 if D is None else tl.load(D + head)
     dt_factor = tl.load(dt_scale + head * dt_scale_step)
     x_factor = tl.load(x_scale + head * x_scale_steps[0] + p * x_scale_steps[1], in_p, 0.0)
-    if EARLY:
-        h = tl.load(tile, in_tile, 0.0).to(tl.float32)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
-    if not EARLY:
-        h = tl.load(tile, in_tile, 0.0).to(tl.float32)
+    h = tl.load(tile, in_tile, 0.0).to(tl.float32)
     row = BC + sequence * BC_step + group * rank + n
     B = tl.load(row, in_n, 0.0)
     C = tl.load(row + groups * rank, in_n, 0.0)
@@ -76,7 +80,7 @@ def _step_kernel(
     x = x.to(tl.float32) * x_factor
     B, C = _rounded(B), _rounded(C)
     dt = tl.minimum(tl.maximum(softplus(dt * dt_factor + bias), dt_min), dt_max)
-    h = tl.fma((x * dt)[:, None], B[None, :], h * tl.exp2(dt * rate))
+    h = tl.fma((x * dt)[:, None], B[None, :], h * tl.exp2(dt * (rate * LOG2E)))
     tl.store(tile, h.to(state.dtype.element_ty), in_tile)
     result = tl.sum(h * C[None, :], 1)
     if D is not None:
@@ -110,14 +114,11 @@ def ssd_scan_step(
     *,
     rows: int | None = None,
     num_warps: int | None = None,
-    early: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`ssmc.ops.ssd_scan_step`, in place: returns y float32 [B, 1, H, P] and the state it is given.
 
     The state is contiguous [B, H, P, N], float32 or bfloat16. x_scale is [] or [H, P], dt_scale []
-    or [H]. A program takes `rows` channels of a head. `early`: the state may be read before the
-    kernel in front has ended, which then must not be one that writes it; a chain of kernels in
-    which every state is used once a step, behind the projection of its layer, is of this kind.
+    or [H]. A program takes `rows` channels of a head.
     """
     batch, _, heads, width = x_q.shape
     rank = state.shape[3]
@@ -134,7 +135,7 @@ def ssd_scan_step(
         device=x_q.device,
         ROWS=rows,
         RANK=triton.next_power_of_2(rank),
-        EARLY=early,
+        PREFETCH=width % rows == 0 and rank * state.element_size() % 64 == 0,
         # One warp sums over a row of the state, and the largest of B and C, without barriers.
         num_warps=num_warps or (1 if rows <= 16 else 4),
     )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssmc.kernels.arithmetic import times_scale, to_int8
+from ssmc.kernels.launch import row_view
+
+_EXACT = 1 << 24  # below it every integer is a float32
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,9 @@ class Tiling:
 
     `descriptors` lets the copy engine (TMA) load the tiles, where addresses and strides are
     multiples of 16 bytes. `asynchronous` takes the kernel of `ssmc.kernels.matmul_hopper` where it
-    can run (64 rows of the tile for each 4 warps, on Hopper, aligned as above). `group` tiles of
-    rows share a tile of the weight in the cache.
+    can run (64 rows of the tile for each 4 warps, on Hopper, aligned as above), `persistent` that
+    of `ssmc.kernels.matmul_persistent` (128 rows). `group` tiles of rows share a tile of the weight
+    in the cache. The depth is divided into `shares`, which a second kernel adds up.
     """
 
     block_m: int = 128
@@ -32,6 +38,8 @@ class Tiling:
     group: int = 8
     descriptors: bool = False
     asynchronous: bool = False
+    persistent: bool = False
+    shares: int = 1
 
     @property
     def width(self) -> int:
@@ -57,6 +65,87 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The operands of a product in two dimensions, as a kernel takes them."""
+
+    x: Tensor
+    x_scale: Tensor
+    w: Tensor
+    w_scale: Tensor
+    bias: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, columns and depth of the product."""
+        return self.x.shape[0], self.w.shape[0], self.x.shape[1]
+
+    @property
+    def small(self) -> bool:
+        """Whether every sum is a float32."""
+        return self.x.shape[1] * 128 * 128 <= _EXACT
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the copy engine can load both matrices."""
+        m, n, k = self.sizes
+        addresses = (self.x.data_ptr(), self.w.data_ptr(), self.x.stride(0), self.w.stride(0))
+        return min(m, n, k) > 0 and all(value % 16 == 0 for value in addresses)
+
+
+def operands_of(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Operands:
+    """The operands of `ssmc.ops.int8_linear`, in two dimensions."""
+    return Operands(
+        row_view(x_q),
+        row_scale(x_scale, x_q),
+        w_q.contiguous(),
+        w_scale.reshape(-1),
+        None if bias is None else bias.contiguous(),
+    )
+
+
+def loads(operands: Operands, how: Tiling) -> tuple[Any, Any, Any]:
+    """What the tiles of x and of both parts of w are loaded through."""
+    x, w = operands.x, operands.w
+    if not (how.descriptors and operands.aligned):
+        return x, w, w
+    block = how.block_k
+    return (
+        TensorDescriptor.from_tensor(x, [how.block_m, block]),
+        TensorDescriptor.from_tensor(w, [how.block_n, block]),
+        TensorDescriptor.from_tensor(w, [how.extra_n or how.block_n, block]),
+    )
+
+
+def meta(operands: Operands, how: Tiling) -> dict[str, Any]:
+    """What the kernels share beside that, by name."""
+    k = operands.sizes[2]
+    return {
+        "x_stride": operands.x.stride(0),
+        "BLOCK_M": how.block_m,
+        "BLOCK_N": how.block_n,
+        "EXTRA_N": how.extra_n,
+        "BLOCK_K": how.block_k,
+        "EVEN_K": k % how.block_k == 0,
+        "DESCRIPTORS": how.descriptors and operands.aligned,
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+    }
+
+
+def loop_clocks(height: int, parts: tuple[int, int]) -> float:
+    """Clocks a processor needs for a column of the depth of a tile, of such parts of its columns.
+
+    The copy engine brings 48 bytes a clock. Shared memory moves 128: what is copied, and for each
+    instruction, of 64 rows and at most 128 columns, both operands.
+    """
+    width = sum(parts)
+    read = height / 64 * sum(64 * -(-part // 128) + part for part in parts)
+    return max((height + width) / 48, (height + width + read) / 128)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from ssmc.core import Graph, Match
+from ssmc.core import Graph, Match, is_call
 from ssmc.core.dialect import operands
 from ssmc.core.pattern import op
 from ssmc.lowering.regions import (
@@ -19,6 +19,7 @@ from ssmc.lowering.regions import (
     heads,
     is_static,
     joined_scale,
+    only_user,
     results,
     rounding,
     segments,
@@ -122,6 +123,23 @@ def _conv_split(g: Graph, m: Match) -> Values | None:
     return results(g, call, (u_q, *pairs, used.get(1)))
 
 
+# -- scan -------------------------------------------------------------------------------------
+
+
+def _ssd_scan_state(g: Graph, m: Match) -> Values | None:
+    """The casts around a scan, of a state of 16 bits and of the new one, belong to it."""
+    given, used = operands(m.node), taken(m.node)
+    wide, new_wide = given["state"], used.get(1)
+    if not is_call(wide, "to_dtype") or new_wide is None:
+        return None
+    state, new_state = wide.args[0], only_user(new_wide, "to_dtype")
+    if new_state is None or new_state.args[1] != state.meta["val"].dtype:
+        return None
+    args = (given | {"state": state}).values()
+    call = g.call("ssmc::int8_ssd_scan_state", *args, like=m.node, suffix="fused")
+    return results(g, call, (used.get(0), new_state))
+
+
 def _same_shape(one: fx.Node, other: object) -> bool:
     shape = one.meta["val"].shape
     return isinstance(other, fx.Node) and other.meta["val"].shape == shape
@@ -152,6 +170,7 @@ FUSIONS: Rules = (
 SPLITS: Rules = (
     (op.int8_linear(), _linear_split),
     (op.int8_causal_conv1d(), _conv_split),
+    (op.int8_ssd_scan(), _ssd_scan_state),
 )
-"""Results that fall into segments with a scale each. In decoding, where a segment goes into one
-step of the scan, they come after the rules for steps."""
+"""Results that fall into segments with a scale each, and scans with the casts of their states. In
+decoding, where these go into one step of the scan, they come after the rules for steps."""

@@ -134,17 +134,6 @@ def _states(g: Graph, m: Match) -> tuple[fx.Node | None, fx.Node | None]:
 # -- linear layers ----------------------------------------------------------------------------
 
 
-def _hadamard_linear(g: Graph, m: Match) -> fx.Node:
-    args = (m.x, m.block, m.w_q, m.w_scale, m.bias, m.residual)
-    return g.call("ssmc::hadamard_linear_step", *args, like=m.node)
-
-
-def _gated_norm_linear(g: Graph, m: Match) -> fx.Node:
-    norm = (m.x, m.gate_q, m.gate_scale, m.weight, m.eps, m.group_size, m.norm_before_gate)
-    linear = (m.block, m.w_q, m.w_scale, m.bias, m.residual)
-    return g.call("ssmc::gated_norm_linear_step", *norm, *linear, like=m.node)
-
-
 def _norm_linear(g: Graph, m: Match) -> fx.Node:
     args = (m.x, m.norm_weight, m.eps, m.w_q, m.w_scale, m.bias)
     return g.call("ssmc::norm_linear_step", *args, like=m.node)
@@ -182,19 +171,10 @@ _SSD_SCAN = op.int8_ssd_scan(
     *_pair(_group(1, "C_shape")), "D", "dt_bias", "state", "dt_min", "dt_max", False,
 )  # fmt: skip
 
-_ROTATED = results_of(op.hadamard_quantize("x", "block"))
-_GATED = results_of(
-    op.gated_norm_quantize(
-        "x", "gate_q", "gate_scale", "weight", "eps", "group_size", "norm_before_gate", "block"
-    )
-)
-
 STEPS: Rules = (
     (op.int8_causal_conv1d_quantize(*_CONV, "out_scale"), _in_proj_conv),
     (op.int8_causal_conv1d(*_CONV), _in_proj_conv_split),
     (_SELECTIVE_SCAN, _selective_scan),
     (_SSD_SCAN, _ssd_scan),
-    (op.int8_linear_add(*_ROTATED, *_WEIGHT, "residual"), _hadamard_linear),
-    (op.int8_linear_add(*_GATED, *_WEIGHT, "residual"), _gated_norm_linear),
     (op.int8_linear(*_NORM, *_WEIGHT), _norm_linear),
 )

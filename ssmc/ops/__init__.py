@@ -13,6 +13,7 @@ from ssmc.ops.fused_norm import (
     hadamard_quantize,
     rms_norm_quantize,
 )
+from ssmc.ops.fused_scan import int8_ssd_scan_state
 from ssmc.ops.hadamard import hadamard
 from ssmc.ops.int4 import int4_linear
 from ssmc.ops.int8 import (
@@ -28,8 +29,6 @@ from ssmc.ops.quantize import dequantize, dequantize_groups, quantize, quantize_
 from ssmc.ops.selective_scan import selective_scan
 from ssmc.ops.ssd_scan import ssd_scan
 from ssmc.ops.steps import (
-    gated_norm_linear_step,
-    hadamard_linear_step,
     in_proj_conv_step,
     norm_linear_step,
     selective_scan_step,
@@ -42,10 +41,8 @@ __all__ = [
     "dequantize",
     "dequantize_groups",
     "embedding",
-    "gated_norm_linear_step",
     "gated_norm_quantize",
     "hadamard",
-    "hadamard_linear_step",
     "hadamard_quantize",
     "in_proj_conv_step",
     "int4_linear",
@@ -59,6 +56,7 @@ __all__ = [
     "int8_linear_split",
     "int8_selective_scan",
     "int8_ssd_scan",
+    "int8_ssd_scan_state",
     "linear",
     "norm_linear_step",
     "quantize",

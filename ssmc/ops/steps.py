@@ -11,8 +11,8 @@ import math
 
 from torch import Tensor
 
-from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize
-from ssmc.ops.fused_norm import gated_norm_quantize, hadamard_quantize, rms_norm_quantize
+from ssmc.ops.fused_linear import int8_linear_quantize
+from ssmc.ops.fused_norm import rms_norm_quantize
 from ssmc.ops.int8 import int8_causal_conv1d, int8_linear, int8_selective_scan, int8_ssd_scan
 from ssmc.ops.quantize import quantize, quantize_dynamic
 from ssmc.ops.registry import composite
@@ -121,38 +121,3 @@ def ssd_scan_step(
     operands = (x_q, x_scale, dt_q, dt_scale, A, *pairs, D, dt_bias, state.float())
     y, new = int8_ssd_scan(*operands, dt_min, dt_max)
     return y, new.to(state.dtype)
-
-
-@composite
-def hadamard_linear_step(
-    x: Tensor,
-    block: int,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-) -> Tensor:
-    """`hadamard_quantize`, then `int8_linear_add`: x [B, 1, D] to float32 [B, 1, N]."""
-    return int8_linear_add(*hadamard_quantize(x, block), w_q, w_scale, bias, residual)
-
-
-@composite
-def gated_norm_linear_step(
-    x: Tensor,
-    gate_q: Tensor,
-    gate_scale: Tensor,
-    weight: Tensor,
-    eps: float,
-    group_size: int | None,
-    norm_before_gate: bool,
-    block: int,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-) -> Tensor:
-    """`gated_norm_quantize`, then `int8_linear_add`: x [B, 1, D] to float32 [B, 1, N]."""
-    q, scale = gated_norm_quantize(
-        x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
-    )
-    return int8_linear_add(q, scale, w_q, w_scale, bias, residual)

@@ -18,6 +18,11 @@ TILINGS = [
     Tiling(32, 32, 0, 64, group=2),
     Tiling(32, 32, 16, 64, descriptors=True),
     Tiling(16, 64, 16, 32),
+    Tiling(32, 32, 0, 32, descriptors=True, shares=3),
+    # The rest are of kernels for Hopper; elsewhere the same tiles in Triton's.
+    Tiling(64, 64, 16, 64, descriptors=True, asynchronous=True),
+    Tiling(64, 32, 0, 64, stages=2, descriptors=True, asynchronous=True, shares=2),
+    Tiling(128, 64, 32, 64, warps=8, descriptors=True, persistent=True),
 ]
 
 
@@ -53,6 +58,21 @@ def test_sums_above_what_a_float_holds(device: torch.device) -> None:
     x[:, 5] = torch.arange(16, dtype=torch.int8)
     args = x, scale((), device), w, scale((16, 1), device)
     assert torch.equal(matmul.int8_linear(*args), ops.int8_linear(*args))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_more_tiles_than_processors(residual: bool, device: torch.device) -> None:
+    m, n, k = 2050, 1000, 160
+    args = operands(m, n, k, device)
+    tiling = Tiling(128, 64, 0, 128, warps=8, descriptors=True, persistent=True)
+    if residual:
+        old = torch.randn((2, m // 2, n), device=device)
+        got = matmul.int8_linear_add(*args, None, old, tiling=tiling)
+        assert torch.equal(got, ops.int8_linear_add(*args, None, old))
+    else:
+        out_scale = scale((n,), device) * 16
+        got = matmul.int8_linear_quantize(*args, None, out_scale, tiling=tiling)
+        assert torch.equal(got, ops.int8_linear_quantize(*args, None, out_scale))
 
 
 @pytest.mark.parametrize("tiling", TILINGS)

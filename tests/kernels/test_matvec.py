@@ -14,13 +14,7 @@ from ssmc.quant.formats import pack_int4, quantize_tensor, quantize_weight, scal
 
 pytest.importorskip("triton")
 
-from ssmc.kernels.matvec import (
-    gated_norm_linear_step,
-    hadamard_linear_step,
-    int8_linear_rows,
-    matvec,
-    norm_linear_step,
-)
+from ssmc.kernels.matvec import int8_linear, int8_linear_add, matvec, norm_linear_step
 from ssmc.kernels.matvec_conv import in_proj_conv_step
 from ssmc.kernels.matvec_tiles import parts_of
 
@@ -84,20 +78,20 @@ def test_int8_linear_has_the_operators_bits(
     if rows == 3:
         w_scale, x_scale = w_scale.amax(), x_scale.amax()
     args = (x_q, x_scale, w_q, w_scale, bias)
-    assert torch.equal(run(int8_linear_rows, device, *args), ops.int8_linear(*args))
+    assert torch.equal(run(int8_linear, device, *args), ops.int8_linear(*args))
 
 
 def test_int8_linear_of_a_view(device: torch.device) -> None:
     x_q = torch.randint(-127, 128, (2, 1, 300), dtype=torch.int8)[..., 101:229]
     args = (x_q, torch.rand(2, 1, 1).bfloat16().float(), *weight(20, 128), None)
-    assert torch.equal(run(int8_linear_rows, device, *args), ops.int8_linear(*args))
+    assert torch.equal(run(int8_linear, device, *args), ops.int8_linear(*args))
 
 
 @pytest.mark.parametrize(("k", "group"), [(128, 32), (192, 64), (384, 128), (320, 64)])
 def test_int4_linear(k: int, group: int, device: torch.device) -> None:
     x_q, x_scale = ops.quantize_dynamic(torch.randn(2, 1, k))
     args = (x_q, x_scale, *weight(37, k, group), vector(37))
-    assert close(run(int8_linear_rows, device, *args), ops.int8_linear(*args))
+    assert close(run(int8_linear, device, *args), ops.int8_linear(*args))
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(63, 96, 0), (40, 768, 0), (40, 384, 128)])
@@ -110,30 +104,16 @@ def test_norm_linear(n: int, k: int, group: int, rows: int, device: torch.device
     assert close(got, expected, 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("k", "block", "group"),
-    [(128, 128, 0), (96, 96, 0), (192, 64, 0), (80, 40, 0), (640, 640, 128), (1000, 8, 0)],
-)
-def test_hadamard_linear(k: int, block: int, group: int, device: torch.device) -> None:
-    residual = torch.randn(2, 1, 37)
-    args = (torch.randn(2, 1, k), block, *weight(37, k, group), None, residual)
-    got, expected = run(hadamard_linear_step, device, *args), ops.hadamard_linear_step(*args)
-    assert close(got, expected, 1e-3)
-
-
-@pytest.mark.parametrize("norm_before_gate", [False, True])
-@pytest.mark.parametrize(("k", "block"), [(160, 160), (128, 128), (96, 1)])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_gated_norm_linear(
-    k: int, block: int, norm_before_gate: bool, per_channel: bool, device: torch.device
+@pytest.mark.parametrize(("k", "group"), [(1000, 0), (640, 128)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_linear_added_to_a_residual(
+    k: int, group: int, rows: int, device: torch.device
 ) -> None:
-    gate = torch.randint(-127, 128, (2, 1, 2 * k), dtype=torch.int8)[..., k:]
-    gate_scale = (torch.rand(k if per_channel else ()) / 40).bfloat16().float()
-    norm = (gate_scale, vector(k), 1e-5, None, norm_before_gate, block)
-    residual = torch.randn(2, 1, 21)
-    args = (torch.randn(2, 1, k), gate, *norm, *weight(21, k), vector(21), residual)
-    got, expected = run(gated_norm_linear_step, device, *args), ops.gated_norm_linear_step(*args)
-    assert close(got, expected, 1e-3)
+    x_q, x_scale = ops.quantize_dynamic(torch.randn(rows, 1, k))
+    residual = torch.randn(rows, 1, 74)[..., 37:]
+    args = (x_q, x_scale, *weight(37, k, group), vector(37), residual)
+    got, expected = run(int8_linear_add, device, *args), ops.int8_linear_add(*args)
+    assert close(got, expected) if group else torch.equal(got, expected)
 
 
 def in_proj_inputs(
@@ -203,12 +183,14 @@ def test_many_rows_take_the_batched_kernels(device: torch.device) -> None:
     assert matvec(w_q, w_scale, 9) is None
     args = (torch.randn(9, 1, 64), vector(64), 1e-5, w_q, w_scale, None)
     assert close(run(norm_linear_step, device, *args), ops.norm_linear_step(*args), 1e-3)
-    args = (torch.randn(9, 1, 64), 64, w_q, w_scale, None, torch.randn(9, 1, 20))
-    assert close(run(hadamard_linear_step, device, *args), ops.hadamard_linear_step(*args), 1e-3)
+    args = (*ops.quantize_dynamic(torch.randn(9, 1, 64)), w_q, w_scale, None)
+    assert torch.equal(run(int8_linear, device, *args), ops.int8_linear(*args))
+    added = (*args, torch.randn(9, 1, 20))
+    assert torch.equal(run(int8_linear_add, device, *added), ops.int8_linear_add(*added))
 
 
 @pytest.mark.parametrize(("block_n", "num_warps"), [(1, 4), (4, 8), (32, 4)])
 def test_tiles_change_no_bit(block_n: int, num_warps: int, device: torch.device) -> None:
-    args = (torch.randn(1, 1, 128), 128, *weight(37, 128), None, torch.randn(1, 1, 37))
-    got = run(hadamard_linear_step, device, *args, block_n=block_n, num_warps=num_warps)
-    assert torch.equal(got, run(hadamard_linear_step, device, *args))
+    args = (torch.randn(1, 1, 128), vector(128), 1e-5, *weight(37, 128), vector(37))
+    got = run(norm_linear_step, device, *args, block_n=block_n, num_warps=num_warps)
+    assert torch.equal(got, run(norm_linear_step, device, *args))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmc.errors import UsageError
+from ssmc.kernels import selective_scan_warps
 from ssmc.kernels.selective_scan import int8_selective_scan
 from ssmc.kernels.selective_step import selective_scan_step
 from ssmc.ops import fused_linear, int8, steps
@@ -88,6 +89,40 @@ def test_prompt_goes_on_from_a_state(device: torch.device) -> None:
         parts.append(y_part)
     agree(torch.cat(parts, 1), y)
     agree(arguments["state"], state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "launch"),
+    [
+        ((40, 101, 160, 16), {"lanes": 4}),
+        ((40, 70, 152, 16), {"lanes": 8, "block_t": 32}),
+        ((1, 33, 4100, 16), {}),
+        ((1, 90, 32, 64), {"lanes": 4}),
+        ((1, 50, 260, 4), {"lanes": 1}),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_prompt_by_lanes(
+    shape: tuple[int, int, int, int], launch: dict[str, int], reverse: bool, device: torch.device
+) -> None:
+    check_prompt(prompt(device, *shape) | {"reverse": reverse}, **launch)
+
+
+@pytest.mark.parametrize(("blocks", "groups"), [(160, 128), (10, 4), (132, 7), (5000, 3), (133, 1)])
+def test_shares_cut_a_block_at_most_once(blocks: int, groups: int) -> None:
+    share = selective_scan_warps.share(blocks, groups, 132)
+    cuts = {cut // groups for cut in range(0, blocks * groups, share) if cut % groups}
+    assert share >= groups
+    assert len(cuts) == sum(cut % groups > 0 for cut in range(0, blocks * groups, share))
+    assert share * 132 >= blocks * groups
+
+
+def test_states_too_many_for_a_warp() -> None:
+    assert selective_scan_warps.constants(16, 4, 4, 16) == {
+        "LANES": 4, "SHARE": 4, "T": 16, "num_warps": 4,
+    }  # fmt: skip
+    assert selective_scan_warps.constants(256, 4, 4, 16) is None
 
 
 def test_gate_without_a_scale(device: torch.device) -> None:

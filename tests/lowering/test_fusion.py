@@ -118,7 +118,8 @@ MAMBA_STEP = {
     "in_proj_conv_step": 1,
     "int8_linear": 1,  # x_proj
     "selective_scan_step": 1,
-    "hadamard_linear_step": 1,
+    "hadamard_quantize": 1,
+    "int8_linear_add": 1,
 }
 MAMBA2 = {
     "rms_norm_quantize": 1,
@@ -128,7 +129,14 @@ MAMBA2 = {
     "gated_norm_quantize": 1,
     "int8_linear_add": 1,
 }
-MAMBA2_STEP = {"in_proj_conv_step": 1, "ssd_scan_step": 1, "gated_norm_linear_step": 1}
+MAMBA2_STATE = MAMBA2 | {"int8_ssd_scan_state": 1}
+del MAMBA2_STATE["int8_ssd_scan"]
+MAMBA2_STEP = {
+    "in_proj_conv_step": 1,
+    "ssd_scan_step": 1,
+    "gated_norm_quantize": 1,
+    "int8_linear_add": 1,
+}
 FALCON = MAMBA | {"int8_linear": 1, "rms_norm_quantize": 4}  # norms of dt, B and C
 del FALCON["int8_linear_split"]
 
@@ -145,7 +153,7 @@ del FALCON["int8_linear_split"]
         ("groups", MAMBA2, MAMBA2_STEP),
         ("mamba2-no-rotation", MAMBA2, MAMBA2_STEP),
         ("mamba2-w4a8", MAMBA2, MAMBA2_STEP),
-        ("mamba2-state", MAMBA2 | {"to_dtype": 2}, MAMBA2_STEP),
+        ("mamba2-state", MAMBA2_STATE, MAMBA2_STEP),
     ],
 )
 def test_the_kernels_of_a_layer(
@@ -174,7 +182,8 @@ def test_what_does_not_match_stays_an_operator_of_its_own() -> None:
         "rms_norm_quantize": 3,
         "int8_linear_quantize": 1,
         "int8_selective_scan": 1,
-        "hadamard_linear_step": 1,
+        "hadamard_quantize": 1,
+        "int8_linear_add": 1,
     }
     unrotated = calls(fused(compile_tiny("mamba", "percentile").graph, "step").graph, 1)
     assert unrotated["quantize_dynamic"] == unrotated["int8_linear_add"] == 1

@@ -60,7 +60,7 @@ def test_every_int8_and_fused_operator_has_a_kernel_of_its_signature() -> None:
     kernels = BACKENDS["triton"].load()
     wanted = {n for n in ops.__all__ if n.startswith("int8_") or n.endswith(("_step", "_quantize"))}
     assert {f"ssmc::{name}" for name in wanted} <= set(kernels)
-    for name in wanted - {"int8_linear"}:
+    for name in wanted:
         expected = inspect.signature(getattr(ops, name)).parameters
         given = inspect.signature(kernels[f"ssmc::{name}"]).parameters
         positional = [p for p in given.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -70,17 +70,11 @@ def test_every_int8_and_fused_operator_has_a_kernel_of_its_signature() -> None:
 
 
 def test_tolerances_are_of_operators_that_have_kernels() -> None:
-    known = {name for names in backend.KERNELS.values() for name in names} | {"int8_linear"}
+    known = {name for names in backend.KERNELS.values() for name in names}
     assert set(backend.TOLERANCES) <= known
     assert set(backend.INT4_TOLERANCES) <= known
     assert BACKENDS["triton"].tolerance("ssmc::int8_linear").error == 0
     assert BACKENDS["triton"].tolerance("ssmc::int8_linear", int4=True).error > 0
-
-
-def test_few_rows_run_as_matrix_times_vector() -> None:
-    chosen = backend._by_rows(lambda x, *_: "few", lambda x, *_: "many")  # type: ignore[arg-type]
-    for rows, expected in ((1, "few"), (8, "few"), (9, "many"), (300, "many")):
-        assert chosen(torch.zeros(1, rows, 16)) == expected
 
 
 def test_what_runs_as_plain_torch_is_kept_with_a_reason() -> None:

@@ -87,6 +87,8 @@ def _int8_samples(
         ("int8_selective_scan", (*scan, D, u, one, D, torch.randn(2, 6, 3), False, True)),
         ("int8_ssd_scan", ssd),
         ("int8_ssd_scan", (*ssd, decay, decay, state, 0.1, 1.0, True)),
+        ("int8_ssd_scan_state", (*ssd, None, None, state)),
+        ("int8_ssd_scan_state", (*ssd, decay, decay, state, 0.1, 1.0, True)),
     ]
 
 
@@ -131,15 +133,12 @@ def _fused_convolutions(x: Tensor, taps: Tensor, bias: Tensor) -> list[tuple[str
 
 
 def _steps(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> list[tuple[str, Sample]]:
-    linear, residual = (*quantize_weight(weight), bias), torch.randn(2, 1, 7)
-    gate = (_int8(2, 1, 12), gamma + 0.1)
+    linear = (*quantize_weight(weight), bias)
     in_proj = (x, gamma, 1e-5, *linear, torch.rand(7) + 0.1)
     taps = quantize_weight(torch.randn(5, 4))
     conv = (2, *taps, bias[:5], _int8(2, 3, 5), "silu")
     return [
         ("norm_linear_step", (x, gamma, 1e-5, *linear)),
-        ("hadamard_linear_step", (x, 4, *linear, residual)),
-        ("gated_norm_linear_step", (x, *gate, gamma, 1e-5, 6, False, 4, *linear, residual)),
         ("in_proj_conv_step", (*in_proj, *conv, torch.rand(5) + 0.1)),
         ("in_proj_conv_step", (*in_proj, *conv, torch.rand(1, 3) + 0.1)),
         *_scan_steps(),

@@ -95,34 +95,32 @@ def _tilings(*tilings: Tiling) -> Configs:
 
 
 _PROMPT = _tilings(
+    Tiling(128, 256, 0, 128, warps=8, stages=4, persistent=True),
+    Tiling(128, 256, 64, 128, warps=8, stages=4, persistent=True),
+    Tiling(128, 128, 64, 128, warps=8, stages=5, persistent=True),
     Tiling(128, 256, 0, 128, warps=8, stages=4, asynchronous=True),
-    Tiling(128, 256, 64, 128, warps=8, stages=4, asynchronous=True),
-    Tiling(128, 256, 64, 128, warps=8, stages=3, descriptors=True),
-)
-_MAMBA2 = _tilings(
-    Tiling(128, 256, 0, 128, warps=8, stages=4, asynchronous=True),
-    Tiling(128, 256, 64, 128, warps=8, stages=4, asynchronous=True),
-    Tiling(128, 128, 0, 128, warps=8, stages=3, asynchronous=True),
 )
 _NARROW = _tilings(
     Tiling(64, 128, 32, 128, warps=4, stages=7, asynchronous=True),
+    Tiling(128, 128, 32, 128, warps=8, stages=6, persistent=True),
     Tiling(128, 128, 0, 128, warps=8, stages=6, asynchronous=True),
     Tiling(64, 64, 0, 128, warps=4, stages=4, asynchronous=True),
 )
 _BATCH = _tilings(
-    Tiling(64, 64, 16, 256, stages=5, asynchronous=True),
-    Tiling(64, 64, 16, 256, stages=5, descriptors=True),
+    Tiling(64, 64, 16, 256, stages=6, asynchronous=True),
+    Tiling(64, 64, 32, 256, stages=5, asynchronous=True),
     Tiling(64, 128, 0, 128, stages=4, asynchronous=True),
 )
 _BATCH_OUT = _tilings(
-    Tiling(64, 16, 0, 256, stages=5, asynchronous=True),
-    Tiling(64, 32, 0, 256, stages=8, asynchronous=True),
+    Tiling(64, 32, 0, 256, stages=9, asynchronous=True),
+    Tiling(64, 32, 0, 256, stages=3, asynchronous=True, shares=7),
+    Tiling(64, 64, 32, 128, stages=5, asynchronous=True, shares=5),
 )
-_SPLIT: Configs = (
-    {},
-    {"shares": 4},
-    {"shares": 8},
-    {"tiling": Tiling(64, 128, 64, 128, stages=5, descriptors=True), "shares": 8},
+_SPLIT = _tilings(
+    Tiling(64, 32, 0, 128, stages=5, asynchronous=True, shares=8),
+    Tiling(64, 64, 0, 128, stages=5, asynchronous=True, shares=5),
+    Tiling(64, 64, 0, 128, stages=5, asynchronous=True, shares=8),
+    Tiling(64, 64, 32, 128, stages=5, asynchronous=True, shares=2),
 )
 _PACKED = _tilings(Tiling(128, 128, warps=8, stages=3), Tiling(64, 64, warps=4, stages=4))
 
@@ -144,8 +142,9 @@ CASES: tuple[Case, ...] = (
     _quantize("in_proj 2.8b", 16, 10240, 2560, _BATCH),
     _add("out_proj 2.8b", 16, 2560, 5120, _BATCH_OUT),
     _quantize("in_proj 2.8b", 256, 10240, 2560, _PROMPT),
-    _quantize("in_proj mamba2 2.7b", 2048, 10576, 2560, _MAMBA2),
-    _quantize("in_proj mamba2 2.7b", 512, 10576, 2560, _MAMBA2),
+    _quantize("in_proj mamba2 2.7b", 2048, 10576, 2560, _PROMPT),
+    _quantize("in_proj mamba2 2.7b", 512, 10576, 2560, _PROMPT),
+    _quantize("in_proj mamba2 2.7b", 64, 10576, 2560, _BATCH),
     _quantize("in_proj 130m", 2048, 3072, 768, _NARROW),
     _add("out_proj 130m", 2048, 768, 1536, _NARROW),
     _split("x_proj 130m", 2048, [48, 16, 16], 1536, _SPLIT),

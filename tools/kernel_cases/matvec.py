@@ -10,12 +10,7 @@ from torch import Tensor
 from kernel_cases.case import Case
 from kernel_cases.operands import integers, scales, weight, weight_bytes
 from ssmc import ops
-from ssmc.kernels.matvec import (
-    gated_norm_linear_step,
-    hadamard_linear_step,
-    int8_linear_rows,
-    norm_linear_step,
-)
+from ssmc.kernels.matvec import int8_linear, int8_linear_add, norm_linear_step
 from ssmc.kernels.matvec_conv import in_proj_conv_step
 
 ERROR = 5e-3
@@ -99,62 +94,31 @@ def _norm(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int 
     )
 
 
-def _hadamard(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        x, residual = _floats(rows, 1, k, device=device), _floats(rows, 1, n, device=device)
-        return x, k, *weight(n, k, bits, device), None, residual
+def _linear(
+    name: str,
+    n: int,
+    k: int,
+    configs: Configs,
+    bits: int = 8,
+    rows: int = 1,
+    added: bool = False,
+) -> Case:
+    """A product alone, or `added` to a residual."""
 
-    return Case(
-        f"hadamard_linear_step {name}{_bits(bits)} {rows}",
-        ops.hadamard_linear_step,
-        hadamard_linear_step,
-        inputs,
-        weight_bytes(n, k, bits) + rows * 4 * (2 * n + k),
-        2.0 * rows * n * k,
-        error=ERROR,
-        configs=configs,
-    )
-
-
-def _gated(name: str, n: int, k: int, configs: Configs, rows: int = 1) -> Case:
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        return (
-            _floats(rows, 1, k, device=device),
-            integers(rows, 1, 2 * k, device=device)[..., :k],
-            scales(k, device=device) * 5,
-            _floats(k, device=device),
-            1e-5,
-            None,
-            False,
-            k,
-            *weight(n, k, 8, device),
-            None,
-            _floats(rows, 1, n, device=device),
-        )
-
-    return Case(
-        f"gated_norm_linear_step {name} {rows}",
-        ops.gated_norm_linear_step,
-        gated_norm_linear_step,
-        inputs,
-        weight_bytes(n, k, 8) + 8 * k + rows * (8 * n + 5 * k),
-        2.0 * rows * n * k,
-        error=ERROR,
-        configs=configs,
-    )
-
-
-def _linear(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: int = 1) -> Case:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         x, scale = integers(rows, 1, k, device=device), scales(device=device)
-        return x, scale, *weight(n, k, bits, device), None
+        residual = (_floats(rows, 1, n, device=device),) if added else ()
+        return x, scale, *weight(n, k, bits, device), None, *residual
 
+    operator, kernel = (
+        (ops.int8_linear_add, int8_linear_add) if added else (ops.int8_linear, int8_linear)
+    )
     return Case(
-        f"int8_linear {name}{_bits(bits)} {rows}",
-        ops.int8_linear,
-        int8_linear_rows,
+        f"{operator.__name__} {name}{_bits(bits)} {rows}",
+        operator,
+        kernel,
         inputs,
-        weight_bytes(n, k, bits) + rows * (k + 4 * n),
+        weight_bytes(n, k, bits) + rows * (k + 4 * n * (2 if added else 1)),
         2.0 * rows * n * k,
         error=0.0 if bits == 8 else 1e-5,
         configs=configs,
@@ -163,7 +127,6 @@ def _linear(name: str, n: int, k: int, configs: Configs, bits: int = 8, rows: in
 
 _WIDE = _configs((16, 4), (8, 4), (4, 4))
 _SMALL = _configs((8, 4), (16, 4), (16, 2), (32, 4))
-_ROTATED = _configs((16, 8, 128), (32, 8, 255))
 _FOUR_BITS = _configs((16, 4), (32, 4))
 
 CASES: tuple[Case, ...] = (
@@ -173,11 +136,10 @@ CASES: tuple[Case, ...] = (
     _in_proj("2.8b", 10240, 2560, 0, 5120, 5120, _FOUR_BITS, bits=4),
     _in_proj("130m", 3072, 768, 0, 1536, 1536, _SMALL),
     _in_proj("2-2.7b", 10576, 2560, 5120, 5376, 5120, ()),
-    _hadamard("2.8b", 2560, 5120, _ROTATED),
-    _hadamard("2.8b", 2560, 5120, (), rows=4),
-    _hadamard("2.8b", 2560, 5120, _ROTATED, bits=4),
-    _hadamard("130m", 768, 1536, _SMALL),
-    _gated("2-2.7b", 2560, 5120, _ROTATED),
+    _linear("out_proj 2.8b", 2560, 5120, _configs((4, 4), (8, 4), (16, 4), (16, 8)), added=True),
+    _linear("out_proj 2.8b", 2560, 5120, (), added=True, rows=4),
+    _linear("out_proj 2.8b", 2560, 5120, _configs((8, 4), (16, 4)), added=True, bits=4),
+    _linear("out_proj 130m", 768, 1536, _SMALL, added=True),
     _norm("head 2.8b", 50280, 2560, _WIDE),
     _norm("head 2.8b", 50280, 2560, (), bits=4),
     _norm("head 130m", 50280, 768, _configs((32, 4), (64, 4))),

@@ -17,9 +17,11 @@ from ssmc.quant.formats import quantize_weight
 STATES = 16
 WIDTHS = {"2.8b": (5120, 160), "130m": (1536, 48)}  # d_inner, dt_rank
 _LANES: tuple[dict[str, Any], ...] = (
-    {"lanes": 8, "num_warps": 1},
-    {"lanes": 8, "num_warps": 2},
-    {"lanes": 16, "num_warps": 1},
+    {"lanes": 4},
+    {"lanes": 4, "block_t": 32},
+    {"lanes": 8},
+    {"lanes": 8, "block_t": 32},
+    {"lanes": 16},
 )
 
 

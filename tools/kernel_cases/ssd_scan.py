@@ -89,22 +89,17 @@ def _step_case(batch: int, *configs: dict[str, Any]) -> Case:
 CASES: tuple[Case, ...] = (
     _prompt_case(
         2048,
-        {"maxnreg": 255, "together": 10},
-        {"together": 2},
+        {"channels": 32},
+        {"channels": 32, "state_stages": 4},
+        {"chunk": 128, "together": 5},
         {"together": 4},
-        {"num_stages": 1},
-        {"chunk": 128, "num_warps": 8, "together": 5},
-        {"columns": 32},
         {"split": False},
     ),
     _prompt_case(
         512,
-        {"maxnreg": 255, "together": 3},
-        {"together": 1},
-        {"together": 4},
-        {"num_stages": 1},
-        {"columns": 16},
-        {"columns": 32},
+        {"channels": 32},
+        {"channels": 16},
+        {"chunk": 128},
         {"split": False},
     ),
     _step_case(
@@ -114,7 +109,6 @@ CASES: tuple[Case, ...] = (
         {"rows": 8, "num_warps": 4},
         {"rows": 16, "num_warps": 1},
         {"rows": 16, "num_warps": 4},
-        {"rows": 8, "early": False},
     ),
     _step_case(
         64,
