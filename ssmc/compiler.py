@@ -22,6 +22,7 @@ from ssmc.device import device_of, find_device, move
 from ssmc.errors import UsageError
 from ssmc.frontend import Model, load_model, trace
 from ssmc.lowering import BACKENDS
+from ssmc.overlap import run_hashes, to_text
 from ssmc.recipe import Recipe, make_recipe
 from ssmc.runtime import Artefact, CompiledModel, choose_backend
 
@@ -147,6 +148,7 @@ def calibration_windows(model: Model, recipe: Recipe) -> tuple[torch.Tensor, dic
         "sha256": file_hash(path),
         "windows": len(windows),
         "length": recipe.length,
+        "runs": to_text(run_hashes(windows)),
     }
     return windows, about
 

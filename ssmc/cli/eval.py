@@ -11,6 +11,8 @@ import typer
 
 from ssmc.cli import output
 
+OVERLAP = 0.01  # from here on a text is no longer one that calibration has not seen
+
 
 def run(
     target: Annotated[str, typer.Argument(help="A model or an artefact.")],
@@ -23,6 +25,9 @@ def run(
     execution: Annotated[
         str, typer.Option(help="Of an artefact: lowered, or simulated in float.")
     ] = "lowered",
+    by_length: Annotated[
+        bool, typer.Option("--by-length", help="Also by how many tokens went before.")
+    ] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
     backend: Annotated[
@@ -46,14 +51,29 @@ def run(
         size = batch or (8 if mode == "prefill" else 64)
         result = perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
+    overlap = opened.overlap(windows)
     if as_json:
-        output.say_json({"target": target, "mode": mode, "seconds": seconds} | asdict(result))
-    else:
-        output.say(f"target       {target}")
-        output.say(
-            f"perplexity   {result.perplexity:.4f}   {result.tokens} tokens in "
-            f"{result.windows} windows of {window}, {mode}   {seconds:.1f} s"
-        )
+        about = {"target": target, "mode": mode, "seconds": seconds, "calibration_overlap": overlap}
+        output.say_json(about | asdict(result))
+        return
+    output.say(f"target       {target}")
+    output.say(
+        f"perplexity   {result.perplexity:.4f}   {result.tokens} tokens in "
+        f"{result.windows} windows of {window}, {mode}   {seconds:.1f} s"
+    )
+    for part in result.by_length if by_length else ():
+        output.say(f"{part.first:>6}-{part.last:<6}{part.perplexity:.4f}")
+    if overlap is not None:
+        _say_overlap(overlap)
+
+
+def _say_overlap(share: float) -> None:
+    """What share of the text is in the calibration text, and what that means where it is much."""
+    from ssmc.overlap import RUN
+
+    output.say(f"overlap      {share:.1%} of its runs of {RUN} tokens are in the calibration text")
+    if share > OVERLAP:
+        output.note("this text was calibrated on: its perplexity says too little about other text")
 
 
 def _check(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -45,6 +45,15 @@ class Target:
         windows = token_windows(tokenizer, read_texts(text), eos, length, str(text))[:limit]
         return windows.to(self.device)
 
+    def overlap(self, windows: torch.Tensor) -> float | None:
+        """The share of windows' runs that an artefact was calibrated on; None where not known."""
+        from ssmc.overlap import from_text, run_hashes, shared
+
+        about = self.compiled.about.get("calibration", {}) if self.compiled is not None else {}
+        if "runs" not in about:
+            return None
+        return shared(run_hashes(windows), from_text(about["runs"]))
+
 
 def open_target(name: str, backend: str = "auto", device: str = "auto") -> Target:
     """The model or artefact called `name`, on a device; `backend` is what an artefact runs on."""

@@ -1,5 +1,5 @@
 """Evaluation of models and artefacts."""
 
-from ssmc.evaluate.perplexity import Perplexity, perplexity
+from ssmc.evaluate.perplexity import LengthRange, Perplexity, perplexity
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["LengthRange", "Perplexity", "perplexity"]

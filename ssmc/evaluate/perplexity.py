@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -17,13 +17,30 @@ from ssmc.runtime.generate import Model, lend_decoder
 Mode = Literal["prefill", "recurrent"]
 
 
+SHORTEST = 64
+"""Tokens of the first range of lengths; each further one reaches twice as far."""
+
+
+@dataclass(frozen=True)
+class LengthRange:
+    """Perplexity of the tokens that have `first` to `last` tokens before them."""
+
+    first: int
+    last: int
+    perplexity: float
+
+
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean loss a window; the tokens scored; the windows."""
+    """exp of the mean loss a window; the tokens scored; the windows; and by what went before.
+
+    How perplexity goes on with the length shows what errors of the states add up to.
+    """
 
     perplexity: float
     tokens: int
     windows: int
+    by_length: tuple[LengthRange, ...]
 
 
 def perplexity(
@@ -41,23 +58,34 @@ def perplexity(
     finite.
     """
     windows = windows.to(getattr(model, "device", windows.device))
-    losses = []
+    parts = []
     score = _prefill_loss if mode == "prefill" else _recurrent_loss
     for start in range(0, len(windows), batch):
         progress(start, len(windows))
-        losses.append(score(model, windows[start : start + batch]))
+        parts.append(score(model, windows[start : start + batch]))
     progress(len(windows), len(windows))
-    mean = torch.cat(losses).double().mean().item()
+    losses = torch.cat(parts).double().mean(0)
+    mean = losses.mean().item()
     if not math.isfinite(mean):
         raise NumericsError(
             "the loss is NaN or infinite", hint="`ssmc inspect --numerics` shows where"
         )
-    return Perplexity(math.exp(mean), windows[:, 1:].numel(), len(windows))
+    tokens = windows[:, 1:].numel()
+    return Perplexity(math.exp(mean), tokens, len(windows), tuple(_by_length(losses)))
+
+
+def _by_length(losses: torch.Tensor) -> Iterator[LengthRange]:
+    """The ranges of losses [length - 1], the first that of a token with one before it."""
+    first = 1
+    while first <= len(losses):
+        last = min(max(SHORTEST, 2 * (first - 1)), len(losses))
+        yield LengthRange(first, last, math.exp(losses[first - 1 : last].mean().item()))
+        first = last + 1
 
 
 def _prefill_loss(model: Model, windows: torch.Tensor) -> torch.Tensor:
     logits, _ = model(windows[:, :-1])
-    return _token_loss(logits, windows[:, 1:]).mean(1)
+    return _token_loss(logits, windows[:, 1:])
 
 
 def _recurrent_loss(model: Model, windows: torch.Tensor) -> torch.Tensor:
@@ -65,7 +93,7 @@ def _recurrent_loss(model: Model, windows: torch.Tensor) -> torch.Tensor:
     with lend_decoder(model, len(windows)) as decoder:
         for token, target in pairwise(windows.split(1, 1)):
             losses.append(_token_loss(decoder.step(token)[:, None], target))
-    return torch.cat(losses, 1).mean(1)
+    return torch.cat(losses, 1)
 
 
 def _token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

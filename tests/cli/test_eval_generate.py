@@ -12,6 +12,7 @@ from tiny import EOS, tokenizer
 import ssmc
 from ssmc.corpus import token_windows
 from ssmc.evaluate import perplexity
+from ssmc.overlap import run_hashes
 
 from .conftest import Call
 
@@ -31,10 +32,39 @@ def test_eval(call: Call, tiny_folder: Path, tiny_artefact: Path, mode: str, whi
     assert data["perplexity"] == pytest.approx(expected, rel=1e-6)
     assert (data["tokens"], data["windows"]) == (7 * 19, 7)
     ended = call(*arguments)
-    first, last = ended.out.splitlines()
+    first, second, *more = ended.out.splitlines()
     assert first == f"target       {target}"
-    assert last.startswith(f"perplexity   {expected:.4f}   133 tokens in 7 windows of 20, {mode}")
+    assert second.startswith(f"perplexity   {expected:.4f}   133 tokens in 7 windows of 20, {mode}")
+    compared = which == "artefact" and len(run_hashes(windows)) > 0
+    assert [line.split()[0] for line in more] == (["overlap"] if compared else [])
     assert "scoring" in ended.err
+
+
+def test_eval_by_length(call: Call, tiny_artefact: Path, tiny_folder: Path) -> None:
+    arguments = ("eval", tiny_artefact, "--text", tiny_folder / "text.txt", "--window", 150)
+    data = call(*arguments, "--json").json
+    ranges = [(part["first"], part["last"]) for part in data["by_length"]]
+    assert ranges == [(1, 64), (65, 128), (129, 149)]
+    lines = call(*arguments, "--by-length").out.splitlines()[2:5]
+    assert [line.split()[0] for line in lines] == ["1-64", "65-128", "129-149"]
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(
+        [part["perplexity"] for part in data["by_length"]], rel=1e-4
+    )
+
+
+def test_eval_notices_what_was_calibrated_on(
+    call: Call, tiny_artefact: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = ("eval", tiny_artefact, "--text", tiny_folder / "text.txt", "--window", 200)
+    ended = call(*own)
+    assert call(*own, "--json").json["calibration_overlap"] > 0.1
+    assert "this text was calibrated on" in ended.err
+    other = tmp_path / "other.txt"
+    drawn = torch.randint(1, 60, (2000,), generator=torch.Generator().manual_seed(5)).tolist()
+    other.write_text(" ".join(f"w{i}" for i in drawn))
+    ended = call("eval", tiny_artefact, "--text", other, "--window", 200)
+    assert "overlap      0.0%" in ended.out
+    assert "calibrated on" not in ended.err
 
 
 def test_eval_of_the_simulation(call: Call, tiny_folder: Path, tiny_artefact: Path) -> None:

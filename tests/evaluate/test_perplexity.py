@@ -54,6 +54,17 @@ def test_both_modes_agree_on_a_compiled_model(architecture: str, execution: str)
     assert stepwise == pytest.approx(parallel, rel=1e-3)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_by_what_went_before(mode: str) -> None:
+    model, windows = ssmc.trace(build("mamba")), tokens(3, 200)
+    found = perplexity(model, windows, mode)  # type: ignore[arg-type]
+    assert [(p.first, p.last) for p in found.by_length] == [(1, 64), (65, 128), (129, 199)]
+    losses = [math.log(p.perplexity) * (p.last - p.first + 1) for p in found.by_length]
+    assert math.exp(sum(losses) / 199) == pytest.approx(found.perplexity)
+    alone = perplexity(model, windows[:, :65], mode)  # type: ignore[arg-type]
+    assert found.by_length[0].perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+
+
 def test_batches_and_progress() -> None:
     model, windows = ssmc.trace(build("mamba")), tokens(5, 9)
     seen: list[tuple[int, int]] = []
