@@ -95,14 +95,15 @@ LAYERS, IN, OUT = 8, (1024, 256), (256, 512)  # of the embedded model: in_proj a
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("w4a8", 4), ("w4a16", 4), ("w3a16", 3)])
-def test_the_bytes_of_weights_in_few_bits(
+def test_gptq_and_the_bytes_of_weights_in_few_bits(
     call: Call, tmp_path: Path, scheme: str, bits: int
 ) -> None:
     out = tmp_path / "out"
     few = ("--samples", 2, "--length", 64, *ON_CPU, "-o", out)
-    ended = call("compile", "demo", "--passes", "hadamard,absmax", "--scheme", scheme, *few)
+    ended = call("compile", "demo", "--passes", "hadamard,absmax,gptq", "--scheme", scheme, *few)
     assert ended.code == 0
-    assert "absmax +quantise" in ended.out
+    assert "absmax +quantise gptq" in ended.out
+    assert "of the squared error of nearest integers" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 100
     tensors = load_file(out / "model.safetensors")
     packed = {name: t for name, t in tensors.items() if name.endswith(f"_int{bits}")}
@@ -128,6 +129,8 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["demo", "--passes", "hadamard{block=7}"], 2, "7"),
     (["demo", "--scheme", "w8a9"], 2, "did you mean w8a8"),
     (["demo", "--scheme", "w5a16"], 2, "did you mean w8a16 or w4a16"),
+    (["demo", "--passes", "gptq,percentile"], 2, "impossible order"),
+    (["demo", "--passes", "gptq{damping=-1}"], 2, "at least 0"),
     (["demo", "--passes", "quantise{weights=4,group=3}"], 2, "multiple of 2"),
     (["demo", "--backend", "cpuu"], 2, "did you mean cpu?"),
     (["demo", "--device", "cudaa"], 2, "did you mean cuda"),

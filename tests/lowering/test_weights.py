@@ -75,3 +75,20 @@ def test_weights_only(kind: str, bits: int) -> None:
 def roles_kept(compiled: CompiledModel) -> set[str]:
     """The roles of the calls that lowering left in float."""
     return {compiled.graph.node(k["node"]).meta["role"] for k in compiled.lowered.kept}
+
+
+def test_an_artefact_with_gptq_is_what_was_compiled(tmp_path: object) -> None:
+    import ssmc
+
+    passes = f"{ROTATED},quantise{{weights=3,group=8,activations=16,scope=all}},gptq{{x_proj=true}}"
+    compiled = compile_tiny("mamba", passes)
+    again = compile_tiny("mamba", passes)
+    assert compiled.graph.params().keys() == again.graph.params().keys()
+    for name, tensor in again.graph.params().items():
+        assert torch.equal(compiled.graph.params()[name], tensor)
+    loaded = ssmc.load(str(compiled.save(f"{tmp_path}/out")), device="cpu")
+    ids = tokens(2, 9)
+    assert torch.equal(loaded(ids)[0], compiled(ids)[0])
+    assert loaded.about["recipe"]["passes"][-1] == {
+        "gptq": {"act_order": False, "damping": 0.01, "x_proj": True, "head": False}
+    }
