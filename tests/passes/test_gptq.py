@@ -26,6 +26,8 @@ from ssmc.passes._calibration import StagedRun
 from ssmc.quant.formats import unpack
 from ssmc.recipe import make_recipe
 
+from .test_own_module import MODULES
+
 PROJECTIONS = ("in_proj", "out_proj")
 W4 = "quantise{weights=4,group=8,activations=16}"
 
@@ -170,6 +172,16 @@ def test_without_calibration_text_it_says_so() -> None:
     apply(g, f"absmax,{W4}")
     with pytest.raises(UsageError, match="no calibration text"):
         find_pass("gptq")().run(g, Context())
+
+
+@pytest.mark.parametrize("name", ["one way", "classifier"])
+def test_a_module_of_ones_own(name: str) -> None:
+    passes = f"absmax,{W4.replace('group=8', 'group=4')},gptq{{x_proj=true,head=true}}"
+    given = {"example_inputs": torch.randn(2, 9, 12), "calibration": torch.randn(16, 9, 12)}
+    record = ssmc.compile(MODULES[name](), passes=passes, **given).report["passes"][-1]  # type: ignore[arg-type]
+    assert len(record["matched"]) == (3 if name == "one way" else 4)
+    assert record["skipped"] == []
+    assert record["error"] > 0
 
 
 # -- running from layer to layer ------------------------------------------------------------------
