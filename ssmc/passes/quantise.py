@@ -154,7 +154,7 @@ class Quantise(Pass):
         if form.fits(width):
             return form
         multiple = self.group or columns_packed(self.weights)
-        g.note(f"{linear.node.name} keeps 8 bits: {width} is no multiple of {multiple}")
+        g.note(f"{linear.role} keeps 8 bits: {width} is no multiple of {multiple}")
         return None
 
     def _input(self, q: Quantiser, linear: Linear) -> tuple[fx.Node, fx.Node | None]:

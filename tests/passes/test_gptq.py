@@ -178,7 +178,9 @@ def test_without_calibration_text_it_says_so() -> None:
 def test_a_module_of_ones_own(name: str) -> None:
     passes = f"absmax,{W4.replace('group=8', 'group=4')},gptq{{x_proj=true,head=true}}"
     given = {"example_inputs": torch.randn(2, 9, 12), "calibration": torch.randn(16, 9, 12)}
-    record = ssmc.compile(MODULES[name](), passes=passes, **given).report["passes"][-1]  # type: ignore[arg-type]
+    compiled = ssmc.compile(MODULES[name](), passes=passes, **given)  # type: ignore[arg-type]
+    assert compiled.graph.facts == {}  # which held the weights in float
+    record = compiled.report["passes"][-1]
     assert len(record["matched"]) == (3 if name == "one way" else 4)
     assert record["skipped"] == []
     assert record["error"] > 0
@@ -203,14 +205,16 @@ def test_a_staged_run_gives_every_layer_the_values_of_a_whole_one() -> None:
 
 def test_layers_behind_see_the_weights_that_layers_before_were_given() -> None:
     g = graph("mamba")
-    apply(g, "fold-norm")
+    apply(g, f"absmax,{W4}")
     first, *_, last = [n for n in g.calls("ssmc::linear") if n.meta["role"] == "in_proj"]
+    before = seen(g, operands(last)["x"])
     for linear, batches in StagedRun(g, [first, last], context()).inputs():
         xs = torch.cat([x.flatten(0, 1) for x in batches])
         if linear is first:
-            weight = operands(first)["weight"]
-            g.set_param(weight, g.param(weight) * 0.5)
+            scale = operands(operands(first)["weight"])["scale"]
+            g.set_param(scale, g.param(scale) * 0.5)
     assert torch.equal(xs, seen(g, operands(last)["x"]))
+    assert not torch.equal(xs, before)
 
 
 def test_what_no_call_reads_any_more_is_dropped() -> None:
