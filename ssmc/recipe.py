@@ -17,8 +17,11 @@ from ssmc.lowering import BACKENDS
 
 SCHEMES: dict[str, str | None] = {
     "w8a8": "quantise",
-    "w4a8": "quantise{weights=4}",
-    "w4a16": "quantise{weights=4,activations=16}",
+    "w4a8": "quantise{weights=4,group=128,range=mse}",
+    "w8a16": "quantise{activations=16,scope=all}",
+    "w4a16": "quantise{weights=4,group=128,range=mse,activations=16}",
+    "w3a16": "quantise{weights=3,group=128,range=mse,activations=16}",
+    "w2a16": "quantise{weights=2,group=128,range=mse,activations=16}",
     "none": None,
 }
 
@@ -55,8 +58,10 @@ class Recipe(BaseModel):
                 hint=choices(self.scheme, SCHEMES),
             )
         added = SCHEMES[self.scheme]
+        stages = [p.stage for p in passes]
         if added and not any(p.stage == "quantise" and not p.beside_scheme for p in passes):
-            passes += parse_passes(added)
+            at = stages.index("quantise") if "quantise" in stages else len(stages)
+            passes[at:at] = parse_passes(added)
         return make_plan(passes)
 
 

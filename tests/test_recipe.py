@@ -104,7 +104,11 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     ("data", "message", "hint"),
     [
         ({"scheme": "w8a9"}, "unknown scheme 'w8a9'", "did you mean w8a8"),
-        ({"scheme": "x"}, "unknown scheme 'x'", "there are w8a8, w4a8, w4a16, none"),
+        (
+            {"scheme": "x"},
+            "unknown scheme 'x'",
+            "there are w8a8, w4a8, w8a16, w4a16, w3a16, w2a16, none",
+        ),
         ({"passes": "hadamrd"}, "unknown pass 'hadamrd'", "did you mean hadamard?"),
         ({"passes": "hadamard{blok=3}"}, "has no option 'blok'", "did you mean block?"),
         ({"passes": "percentile,hadamard"}, "impossible order", "--passes hadamard,percentile"),

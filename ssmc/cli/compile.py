@@ -31,7 +31,10 @@ def run(
         str | None,
         typer.Option(help="Passes, in order: hadamard{block=128},percentile{p=0.99999}."),
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="w8a8 (default), w4a8, w4a16 or none.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="w8a8 (default), w4a8, w8a16, w4a16, w3a16, w2a16 or none."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file; options here go over it.")
     ] = None,

@@ -115,13 +115,17 @@ class Context:
     seed: int = 0
     progress: typing.Callable[[int, int], None] = lambda done, total: None
 
-    def batches(self) -> Iterator[tuple[Any, ...]]:
-        """The calibration batches, reporting progress; UsageError where there are none."""
+    def given(self) -> list[tuple[Any, ...]]:
+        """The calibration batches; UsageError where there are none."""
         if not self.calibration:
             raise UsageError(
                 "no calibration text", hint="pass calibration=... or --calibration FILE.jsonl"
             )
-        for done, batch in enumerate(self.calibration):
+        return self.calibration
+
+    def batches(self) -> Iterator[tuple[Any, ...]]:
+        """The calibration batches, one by one, reporting progress; UsageError as above."""
+        for done, batch in enumerate(self.given()):
             self.progress(done, len(self.calibration))
             yield batch
         self.progress(len(self.calibration), len(self.calibration))

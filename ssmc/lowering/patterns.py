@@ -63,7 +63,7 @@ _CONV1D = op.causal_conv1d(
     _dequantised("x"), _dequantised("w"), "bias", "state", "activation", True
 )
 
-_INT4 = op.dequantize_groups("w_q", "w_scale")
+_INT4 = op.dequantize_groups("w_q", "w_scale", 4, False)
 _BFLOAT16 = op.to_dtype(op.to_dtype("x", torch.bfloat16), torch.float32)
 
 RULES: Rules = (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmc.ops.registry import expect_shape, operator
-from ssmc.quant.formats import dequantize_groups_tensor
+from ssmc.quant.weights import dequantize_packed
 
 
 def _fake(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -19,10 +19,10 @@ def _fake(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -
 def int4_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` of x [..., K], rounded to bfloat16, and a weight of 4 bits; float32 [..., N].
 
-    x float32, w_q uint8 [N, K / 2] of groups (`ssmc.quant.formats.pack_int4`), w_scale
+    x float32, w_q uint8 [N, K / 2] of groups (`ssmc.quant.formats.pack`), w_scale
     [N, K / group], bias [N] float32. The products are summed exactly and rounded once.
     """
     _fake(x, w_q, w_scale, bias)
-    weight = dequantize_groups_tensor(w_q, w_scale)
+    weight = dequantize_packed(w_q, w_scale)
     y = (x.to(torch.bfloat16).double() @ weight.double().T).float()
     return y if bias is None else y + bias

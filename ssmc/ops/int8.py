@@ -18,7 +18,8 @@ from ssmc.ops.linear import check_linear, linear_fake
 from ssmc.ops.registry import operator
 from ssmc.ops.selective_scan import scan_fake, selective_scan
 from ssmc.ops.ssd_scan import ssd_fake, ssd_scan
-from ssmc.quant.formats import dequantize_groups_tensor, dequantize_tensor
+from ssmc.quant.formats import dequantize_tensor
+from ssmc.quant.weights import dequantize_packed
 
 
 def _rescale(accumulator: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,7 +53,7 @@ def int8_linear(
     """
     check_linear("int8_linear", x_q, _unpacked_shape(w_q), bias)
     if w_q.dtype == torch.uint8:
-        weight = dequantize_groups_tensor(w_q, w_scale)
+        weight = dequantize_packed(w_q, w_scale)
         y = (x_q.double() @ weight.double().T * x_scale.double()).float()
         return y if bias is None else y + bias
     # float64 holds any sum of int8 products exactly, and unlike int32 has a fast product.

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from ssmc.ops.registry import operator
-from ssmc.quant.formats import (
-    dequantize_groups_tensor,
-    dequantize_tensor,
-    quantize_tensor,
-    scale_for,
-)
+from ssmc.quant.formats import dequantize_tensor, quantize_tensor, scale_for
+from ssmc.quant.weights import dequantize_packed
 
 
 @operator(lambda x, scale, bits=8: torch.empty_like(x, dtype=torch.int8))
@@ -37,14 +33,15 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return dequantize_tensor(q, scale)
 
 
-def _groups_fake(packed: Tensor, scale: Tensor) -> Tensor:
-    return scale.new_empty((packed.shape[0], 2 * packed.shape[1]))
+def _groups_fake(packed: Tensor, scale: Tensor, bits: int = 4, tanh: bool = False) -> Tensor:
+    return scale.new_empty((packed.shape[0], packed.shape[1] * 8 // bits))
 
 
 @operator(_groups_fake)
-def dequantize_groups(packed: Tensor, scale: Tensor) -> Tensor:
-    """The weight [N, K] float32 of 4-bit integers packed in groups (`pack_int4`); exact.
+def dequantize_groups(packed: Tensor, scale: Tensor, bits: int = 4, tanh: bool = False) -> Tensor:
+    """The weight [N, K] float32 of integers of `bits` bits packed in groups (`pack`).
 
-    packed uint8 [N, K / 2], scale [N, K / group].
+    packed uint8 [N, K * bits / 8], scale [N, K / group]. Exact, but for levels spaced by `tanh`
+    (`ssmc.quant.weights.tanh_levels`), which are rounded to float32.
     """
-    return dequantize_groups_tensor(packed, scale)
+    return dequantize_packed(packed, scale, bits, tanh)

@@ -10,7 +10,8 @@ from torch import fx
 from ssmc.core import Graph
 from ssmc.errors import PassError
 from ssmc.passes._calibration import channels
-from ssmc.quant.formats import Granularity, quantize_groups, quantize_weight, scale_for
+from ssmc.quant.formats import Granularity, scale_for
+from ssmc.quant.weights import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,23 @@ class Quantised:
     value: fx.Node
 
 
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """What became of a weight [N, K] in float (with what was folded into it), and in what format.
+
+    `twin` is the call that dequantises it, from the parameters of integers and scales.
+    """
+
+    twin: fx.Node
+    weight: torch.Tensor
+    form: WeightFormat
+
+    def write(self, g: Graph, q: torch.Tensor, scale: torch.Tensor) -> None:
+        """Put other integers [N, K] and scales [N, G] in the place of those it has."""
+        for node, value in zip(self.twin.args[:2], self.form.store(q, scale), strict=True):
+            g.set_param(node, value)  # type: ignore[arg-type]
+
+
 class Quantiser:
     """Inserts the pairs, each value and each weight once however many calls read it."""
 
@@ -29,8 +47,9 @@ class Quantiser:
         self.g = g
         self.margin = margin
         self.granularity: Granularity = granularity
+        self.eight_bits = WeightFormat(tensor=granularity == "tensor")
         self.values: dict[fx.Node, Quantised] = {}
-        self.weights: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+        self.weights: dict[tuple[fx.Node, WeightFormat, fx.Node | None], QuantisedWeight] = {}
         self.unit: fx.Node | None = None
 
     def static(self, value: fx.Node) -> fx.Node:
@@ -65,31 +84,38 @@ class Quantiser:
         self.unit = self.unit or self.g.new_param("scales.unit", torch.ones(()))
         return self._dequantize(value, self.values[value].integers, self.unit)
 
-    def weight(self, user: fx.Node, weight: fx.Node, folded: fx.Node | None = None) -> fx.Node:
-        """A weight [N, K] through 8 bits, in front of `user`, which is the first to read it.
+    def weight(
+        self,
+        user: fx.Node,
+        weight: fx.Node,
+        form: WeightFormat | None = None,
+        folded: fx.Node | None = None,
+    ) -> fx.Node:
+        """A weight [N, K] through `form`, in front of `user`, which is the first to read it.
 
-        Its columns are times the scales of the value that is `folded` into them, if one is.
+        By default 8 bits. Its columns are times the scales of the value that is `folded` into
+        them, if one is.
         """
-        if (weight, folded) in self.weights:
-            return self.weights[weight, folded]
-        value = self.g.param(weight)
-        if folded is not None:
-            value = value * self.values[folded].scale  # type: ignore[operator]
-        integers, scale = quantize_weight(value, self.granularity, 8)
-        q = self.g.new_param(f"{weight.target}_int8", integers)
-        s = self.g.new_param(f"{weight.target}_scale", scale)
-        with self.g.before(user):
-            twin = self.g.call("ssmc::dequantize", q, s, like=user, suffix="weight")
-        self.weights[weight, folded] = twin
-        return twin
+        form = form or self.eight_bits
+        key = (weight, form, folded)
+        if key not in self.weights:
+            value = self.g.param(weight)
+            if folded is not None:
+                value = value * self.values[folded].scale  # type: ignore[operator]
+            twin = self._stored(user, str(weight.target), value, form)
+            self.weights[key] = QuantisedWeight(twin, value, form)
+        return self.weights[key].twin
 
-    def weight_int4(self, user: fx.Node, weight: fx.Node, group: int) -> fx.Node:
-        """A weight [N, K] through 4 bits in groups of input channels, in front of `user`."""
-        packed, scale = quantize_groups(self.g.param(weight), group)
-        q = self.g.new_param(f"{weight.target}_int4", packed)
-        s = self.g.new_param(f"{weight.target}_scale", scale)
+    def _stored(self, user: fx.Node, name: str, value: torch.Tensor, form: WeightFormat) -> fx.Node:
+        scale = form.scales(value)
+        stored = form.store(form.round(value, scale), scale)
+        q = self.g.new_param(f"{name}_int{form.bits}", stored[0])
+        s = self.g.new_param(f"{name}_scale", stored[1])
         with self.g.before(user):
-            return self.g.call("ssmc::dequantize_groups", q, s, like=user, suffix="weight")
+            if form.packed:
+                args = (q, s, form.bits, form.range == "tanh")
+                return self.g.call("ssmc::dequantize_groups", *args, like=user, suffix="weight")
+            return self.g.call("ssmc::dequantize", q, s, like=user, suffix="weight")
 
     def bfloat16(self, value: fx.Node) -> fx.Node:
         """`value` rounded to bfloat16, in float32."""

@@ -1,4 +1,4 @@
-"""Quantise weights to 8 or 4 bits, and activations to 8."""
+"""Quantise weights to 8 bits and fewer, and activations to 8, to bfloat16, or not at all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from ssmc.errors import UsageError
 from ssmc.passes._qdq import Quantiser
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import Site
-
-BITS = ((8, 8), (4, 8), (4, 16))
-"""Bits of weights and of activations that go together."""
+from ssmc.quant.formats import columns_packed
+from ssmc.quant.weights import Range, WeightFormat
 
 
 @register
@@ -35,10 +34,15 @@ class Quantise(Pass):
     scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4). A, D, dt_bias,
     norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
 
-    `weights=4` rounds the weights of linear layers to 4 bits with a scale for each `group` of input
-    channels; x_proj, dt_proj, embedding and head, small or shared by every token, keep 8 bits.
-    `activations=16` (W4A16) leaves scan and convolution in float and rounds the inputs of those
-    layers to bfloat16 only. Frantar et al. 2023, arXiv 2210.17323, section 5 (groups).
+    `weights` is the bits, 2 to 8, of in_proj and out_proj, with `scope=all` of every linear layer;
+    `group` input channels share a scale (Frantar et al. 2023, arXiv 2210.17323, section 5), without
+    it a row or tensor. Other layers, and those whose width is no multiple of it, keep 8 bits.
+    `range=mse` clips these weights where their squared error is least, `range=tanh` at three
+    standard deviations, with levels spaced by a hyperbolic tangent (`ssmc/quant/weights.py`).
+
+    `activations=16` quantises weights only: nothing is int8 between layers, and the linear layers
+    round their inputs to bfloat16, in which every kernel for such weights multiplies. Layers out of
+    scope stay in float; the head reads 8 bits, those of the embedding where it is tied to it.
     """
 
     name = "quantise"
@@ -51,17 +55,37 @@ class Quantise(Pass):
     margin: float = 1.3
     weights: int = 8
     activations: int = 8
-    group: int = 128
+    group: int | None = None
+    range: Range = "absmax"
+    scope: Literal["inout", "all"] = "inout"
 
     def __post_init__(self) -> None:
         if not self.margin >= 1:
             raise UsageError(f"quantise{{margin={self.margin}}}: margin must be at least 1")
-        if self.group < 2 or self.group % 2:
-            raise UsageError(f"quantise{{group={self.group}}}: group must be even and at least 2")
-        if (self.weights, self.activations) not in BITS:
+        if not 2 <= self.weights <= 8:
             raise UsageError(
-                f"quantise{{weights={self.weights},activations={self.activations}}}: no such pair",
-                hint="weights/activations are 8/8, 4/8 or 4/16",
+                f"quantise{{weights={self.weights}}}: weights has 2 to 8 bits",
+                hint="8 and 4 have kernels of their own",
+            )
+        if self.activations not in (8, 16):
+            raise UsageError(
+                f"quantise{{activations={self.activations}}}: activations has 8 or 16 bits",
+                hint="16 quantises weights only",
+            )
+        if self.range == "tanh" and self.activations == 8:
+            raise UsageError(
+                "quantise{range=tanh}: no integer product has levels that are not uniform",
+                hint="add activations=16, or leave range=tanh out",
+            )
+        self._check_group()
+
+    def _check_group(self) -> None:
+        multiple = columns_packed(self.weights)
+        if self.group is not None and (self.group < 2 or self.group % multiple):
+            raise UsageError(
+                f"quantise{{group={self.group}}}: group must be at least 2 and a multiple of "
+                f"{multiple}, which fill whole bytes at {self.weights} bits",
+                hint="common groups are 32, 64 and 128; group=none is one scale a row",
             )
 
     def run(self, g: Graph, context: Context) -> None:
@@ -77,6 +101,7 @@ class Quantise(Pass):
             self._conv1d(g, quantiser, conv1d)
         for linear in g.facts["linears"]:
             self._linear(g, quantiser, linear)
+        g.facts[self.name] = list(quantiser.weights.values())
 
     def _embedding(self, g: Graph, q: Quantiser, node: fx.Node) -> None:
         if not self.embedding:
@@ -110,40 +135,36 @@ class Quantise(Pass):
         if linear.role == "head" and not self.head:
             g.skip(linear.node, "head=false")
             return
-        if self._to_int4(g, linear):
-            self._linear_int4(g, q, linear)
+        scoped = self.scope == "all" or linear.role in ("in_proj", "out_proj", "linear")
+        if self.activations == 16 and not scoped and linear.role != "head":
+            g.skip(linear.node, "out of scope, so in float")
             return
-        if self.activations == 16 and linear.role != "head":
-            g.skip(linear.node, "activations=16 and its weight keeps 8 bits")
-            return
-        folded = None
-        if (
-            self.granularity == "free"
-            and linear.input in q.values
-            and q.values[linear.input].scale is not None
-        ):
-            x, folded = q.folded(linear.input), linear.input
-        else:
-            x = self._row(q, linear.input)
-        weight = q.weight(linear.node, linear.weight, folded)
-        linear.node.args = (x, weight, operands(linear.node)["bias"], True)
+        x, folded = self._input(q, linear)
+        form = self._format(g, linear) if scoped else None
+        weight = q.weight(linear.node, linear.weight, form, folded)
+        bias = operands(linear.node)["bias"]
+        linear.node.args = (x, weight, bias, self.activations == 8)
         g.match(linear.node)
 
-    def _to_int4(self, g: Graph, linear: Linear) -> bool:
-        if self.weights == 8 or linear.role in ("x_proj", "dt_proj", "head"):
-            return False
+    def _format(self, g: Graph, linear: Linear) -> WeightFormat | None:
+        """The format of a layer in scope; None: 8 bits, as others have."""
+        per_tensor = self.granularity == "tensor" and self.group is None
+        form = WeightFormat(self.weights, self.group, per_tensor, self.range)
         width = g.param(linear.weight).shape[1]
-        if width % self.group:
-            g.note(f"{linear.node.name} keeps 8 bits: {width} is no multiple of {self.group}")
-            return False
-        return True
+        if form.fits(width):
+            return form
+        multiple = self.group or columns_packed(self.weights)
+        g.note(f"{linear.role} keeps 8 bits: {width} is no multiple of {multiple}")
+        return None
 
-    def _linear_int4(self, g: Graph, q: Quantiser, linear: Linear) -> None:
-        eight = self.activations == 8
-        x = self._row(q, linear.input) if eight else q.bfloat16(linear.input)
-        weight = q.weight_int4(linear.node, linear.weight, self.group)
-        linear.node.args = (x, weight, operands(linear.node)["bias"], eight)
-        g.match(linear.node)
+    def _input(self, q: Quantiser, linear: Linear) -> tuple[fx.Node, fx.Node | None]:
+        """The input as the layer reads it, and the value whose scales its weight takes over."""
+        if self.activations == 16:
+            return q.bfloat16(linear.input), None
+        known = q.values.get(linear.input)
+        if self.granularity == "free" and known is not None and known.scale is not None:
+            return q.folded(linear.input), linear.input
+        return self._row(q, linear.input), None
 
     def _row(self, q: Quantiser, value: fx.Node) -> fx.Node:
         return q.dynamic(value) if self.granularity == "free" else q.static(value)

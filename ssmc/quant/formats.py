@@ -6,6 +6,8 @@ in float64, which is what lets simulated and integer execution agree bit for bit
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Literal
 
 import torch
@@ -73,31 +75,50 @@ def quantize_weight(
     return quantize_tensor(weight, scale, bits), scale
 
 
-def pack_int4(q: Tensor, group: int) -> Tensor:
-    """Integers of 4 bits, q int8 [N, K] in -8..7, as uint8 [N, K / 2]; group even.
+def _planes(bits: int) -> list[int]:
+    """The widths that the bits are stored in, low bits first: 3 bits as 2 and 1."""
+    qmax(bits)  # refuses what is no width
+    return [width for width in (8, 4, 2, 1) if bits & width]
 
-    Byte j of a group holds column j in its low four bits and column j + group / 2 in its high ones,
-    each plus 8: so that either half unpacks to columns that follow one another.
+
+def columns_packed(bits: int) -> int:
+    """How many integers fill whole bytes: a packed group is a multiple of this."""
+    return 8 // min(_planes(bits))
+
+
+def pack(q: Tensor, bits: int, group: int) -> Tensor:
+    """Integers q int8 [N, K] of `bits` bits as uint8 [N, K * bits / 8].
+
+    A group has its own bytes, `group * bits / 8` of them; it is a multiple of `columns_packed`.
+    Plus 2^(bits - 1), an integer is split into planes of 4, 2 and 1 bits, lowest first. In the
+    plane of 8 / n bits, byte j of m holds columns j, j + m, j + 2 m, ..., the first in its lowest
+    bits, so that each share unpacks to columns that follow one another.
     """
-    low, high = (q.view(len(q), -1, 2, group // 2) + 8).to(torch.uint8).unbind(2)
-    return (low | high << 4).flatten(1)
+    raised = (q.view(len(q), -1, group).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    parts, shift = [], 0
+    for width in _planes(bits):
+        plane = (raised >> shift) & ((1 << width) - 1)
+        shares = plane.unflatten(2, (8 // width, -1)).unbind(2)
+        parts.append(
+            functools.reduce(operator.or_, (s << (i * width) for i, s in enumerate(shares)))
+        )
+        shift += width
+    return torch.cat(parts, 2).flatten(1)
 
 
-def unpack_int4(packed: Tensor, group: int) -> Tensor:
-    """The inverse of `pack_int4`: uint8 [N, K / 2] to int8 [N, K]."""
-    halves = packed.view(len(packed), -1, group // 2)
-    return (torch.stack([halves & 15, halves >> 4], 2).to(torch.int8) - 8).flatten(1)
+def unpack(packed: Tensor, bits: int, group: int) -> Tensor:
+    """The inverse of `pack`: uint8 [N, K * bits / 8] to int8 [N, K]."""
+    widths = _planes(bits)
+    runs = packed.view(len(packed), -1, group * bits // 8)
+    planes, shift = [], 0
+    for width, part in zip(widths, runs.split([group * w // 8 for w in widths], 2), strict=True):
+        shares = torch.cat([part >> (i * width) for i in range(8 // width)], 2)
+        planes.append((shares & ((1 << width) - 1)) << shift)
+        shift += width
+    raised = functools.reduce(operator.or_, planes)
+    return (raised.to(torch.int16) - (1 << (bits - 1))).to(torch.int8).flatten(1)
 
 
-def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Round weight [N, K] to 4 bits: (packed uint8 [N, K / 2], scale [N, K / group])."""
-    runs = weight.unflatten(1, (-1, group))
-    scale = scale_for(runs.abs().amax(2), bits=4)
-    return pack_int4(quantize_tensor(runs, scale.unsqueeze(2), bits=4).flatten(1), group), scale
-
-
-def dequantize_groups_tensor(packed: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of `quantize_groups` up to its rounding: float32 [N, K], exact."""
-    group = 2 * packed.shape[1] // scale.shape[1]
-    q = unpack_int4(packed, group).unflatten(1, (-1, group))
-    return dequantize_tensor(q, scale.unsqueeze(2)).flatten(1)
+def pack_int4(q: Tensor, group: int) -> Tensor:
+    """`pack` of 4 bits: byte j of a group holds columns j and j + group / 2, each plus 8."""
+    return pack(q, 4, group)

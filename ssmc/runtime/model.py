@@ -41,6 +41,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.artefact = artefact
+        artefact.graph.facts.clear()  # what passes left for one another, weights in float among it
         if device is not None:
             move(artefact.graph, find_device(str(device)))
         self.device = device_of(artefact.graph)

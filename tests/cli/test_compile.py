@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ssmc
 from ssmc.runtime import artefact, is_artefact
@@ -90,6 +91,31 @@ def test_what_is_left_in_float_is_counted(call: Call, tiny_folder: Path, tmp_pat
     assert "skipped lm_head: head=false" in ended.out
 
 
+LAYERS, IN, OUT = 8, (1024, 256), (256, 512)  # of the embedded model: in_proj and out_proj
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("w4a8", 4), ("w4a16", 4), ("w3a16", 3)])
+def test_gptq_and_the_bytes_of_weights_in_few_bits(
+    call: Call, tmp_path: Path, scheme: str, bits: int
+) -> None:
+    out = tmp_path / "out"
+    few = ("--samples", 2, "--length", 64, *ON_CPU, "-o", out)
+    ended = call("compile", "demo", "--passes", "hadamard,absmax,gptq", "--scheme", scheme, *few)
+    assert ended.code == 0
+    assert "absmax +quantise gptq" in ended.out
+    assert "of the squared error of nearest integers" in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 100
+    tensors = load_file(out / "model.safetensors")
+    packed = {name: t for name, t in tensors.items() if name.endswith(f"_int{bits}")}
+    weights = LAYERS * (IN[0] * IN[1] + OUT[0] * OUT[1])
+    assert sum(t.nbytes for t in packed.values()) == weights * bits // 8
+    scales = [tensors[name.replace(f"_int{bits}", "_scale")] for name in packed]
+    assert sum(t.nbytes for t in scales) == weights // 128 * 2
+    shown = float(ended.out.split("size         ")[1].split(" MB")[0])
+    assert shown == pytest.approx((out / "model.safetensors").stat().st_size / 1e6, abs=0.005)
+    assert call("verify", out, "--length", 17).code == 0
+
+
 BAD: list[tuple[list[Any], int, str]] = [
     (["nosuchmodel"], 2, "there is no model 'nosuchmodel'"),
     (["dem"], 2, "did you mean demo?"),
@@ -102,6 +128,10 @@ BAD: list[tuple[list[Any], int, str]] = [
     (["demo", "--passes", "percentile,hadamard"], 2, "impossible order"),
     (["demo", "--passes", "hadamard{block=7}"], 2, "7"),
     (["demo", "--scheme", "w8a9"], 2, "did you mean w8a8"),
+    (["demo", "--scheme", "w5a16"], 2, "did you mean w8a16 or w4a16"),
+    (["demo", "--passes", "gptq,percentile"], 2, "impossible order"),
+    (["demo", "--passes", "gptq{damping=-1}"], 2, "at least 0"),
+    (["demo", "--passes", "quantise{weights=4,group=3}"], 2, "multiple of 2"),
     (["demo", "--backend", "cpuu"], 2, "did you mean cpu?"),
     (["demo", "--device", "cudaa"], 2, "did you mean cuda"),
     (["demo", "--samples", "0"], 2, "samples: Input should be greater than or equal to 1"),

@@ -17,7 +17,7 @@ from ssmc.errors import UsageError
 from ssmc.lowering import lower
 from ssmc.lowering.backends.cpu import int8_causal_conv1d, int8_linear
 from ssmc.lowering.patterns import HEAVY
-from ssmc.quant.formats import quantize_groups
+from ssmc.quant.weights import quantize_groups
 from ssmc.runtime import CompiledModel
 
 ARCHITECTURES = ["mamba", "mamba-no-conv-bias", "falcon", "mamba2", "mamba2-groups"]

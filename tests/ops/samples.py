@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ssmc.ops import quantize_dynamic
-from ssmc.quant.formats import quantize_groups, quantize_weight
+from ssmc.quant.formats import quantize_weight
+from ssmc.quant.weights import quantize_groups
 
 Sample = tuple[object, ...]
 
@@ -96,6 +97,8 @@ def _int4_samples(x: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[str, Sa
     packed, scale = quantize_groups(weight, 4)
     return [
         ("dequantize_groups", (packed, scale)),
+        ("dequantize_groups", (*quantize_groups(weight[:, :8], 8, bits=3), 3, False)),
+        ("dequantize_groups", (packed, scale, 4, True)),
         ("int4_linear", (x, packed, scale)),
         ("int4_linear", (x, packed, scale, bias)),
         ("int8_linear", (*quantize_dynamic(x), packed, scale, bias)),

@@ -9,15 +9,15 @@ from ssmc.errors import UsageError
 from ssmc.quant.formats import (
     SMALLEST_SCALE,
     bf16_up,
-    dequantize_groups_tensor,
+    columns_packed,
     dequantize_tensor,
+    pack,
     pack_int4,
     qmax,
-    quantize_groups,
     quantize_tensor,
     quantize_weight,
     scale_for,
-    unpack_int4,
+    unpack,
 )
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
@@ -109,21 +109,35 @@ def test_wrong_options() -> None:
         quantize_weight(torch.ones(2, 2), "row")  # type: ignore[arg-type]
 
 
-@given(st.integers(1, 5), st.sampled_from([2, 4, 16]), st.integers(1, 4))
-def test_four_bits_come_back_from_their_bytes(rows: int, group: int, groups: int) -> None:
-    q = torch.randint(-8, 8, (rows, group * groups), dtype=torch.int8)
+@given(BITS, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+def test_integers_come_back_from_their_bytes(
+    bits: int, rows: int, multiple: int, groups: int
+) -> None:
+    group = multiple * columns_packed(bits)
+    limit = 1 << (bits - 1)
+    q = torch.randint(-limit, limit, (rows, group * groups), dtype=torch.int8)
+    packed = pack(q, bits, group)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, group * groups * bits // 8)  # no bit is wasted
+    assert torch.equal(unpack(packed, bits, group), q)
+
+
+@given(BITS, st.integers(2, 4))
+def test_groups_have_bytes_of_their_own(bits: int, groups: int) -> None:
+    group = 8 * columns_packed(bits)
+    q = torch.randint(-1, 2, (3, group * groups), dtype=torch.int8)
+    parts = [pack(part, bits, group) for part in q.split(group, 1)]
+    assert torch.equal(pack(q, bits, group), torch.cat(parts, 1))
+
+
+@given(st.sampled_from([2, 4, 16]))
+def test_four_bits_lie_as_kernels_read_them(group: int) -> None:
+    q = torch.randint(-8, 8, (3, 2 * group), dtype=torch.int8)
     packed = pack_int4(q, group)
-    assert packed.shape == (rows, group * groups // 2)
-    assert torch.equal(unpack_int4(packed, group), q)
     assert torch.equal(packed[:, 0] & 15, (q[:, 0] + 8).to(torch.uint8))
     assert torch.equal(packed[:, 0] >> 4, (q[:, group // 2] + 8).to(torch.uint8))
 
 
-def test_groups_have_scales_of_their_own() -> None:
-    weight = torch.randn(3, 32)
-    weight[:, 8:16] *= 100  # an outlier group costs the others nothing
-    packed, scale = quantize_groups(weight, 8)
-    assert scale.shape == (3, 4)
-    error = (dequantize_groups_tensor(packed, scale) - weight).abs().unflatten(1, (4, 8))
-    assert (error <= 0.51 * scale.unsqueeze(2)).all()
-    assert torch.equal(scale, scale_for(weight.unflatten(1, (4, 8)).abs().amax(2), bits=4))
+@pytest.mark.parametrize(("bits", "columns"), [(2, 4), (3, 8), (4, 2), (5, 8), (6, 4), (8, 1)])
+def test_columns_that_fill_whole_bytes(bits: int, columns: int) -> None:
+    assert columns_packed(bits) == columns
