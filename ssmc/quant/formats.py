@@ -117,8 +117,3 @@ def unpack(packed: Tensor, bits: int, group: int) -> Tensor:
         shift += width
     raised = functools.reduce(operator.or_, planes)
     return (raised.to(torch.int16) - (1 << (bits - 1))).to(torch.int8).flatten(1)
-
-
-def pack_int4(q: Tensor, group: int) -> Tensor:
-    """`pack` of 4 bits: byte j of a group holds columns j and j + group / 2, each plus 8."""
-    return pack(q, 4, group)

@@ -10,7 +10,7 @@ from ssmc import ops
 from ssmc.kernels import matmul, matmul_int4, matmul_split
 from ssmc.kernels.tiles import Tiling
 from ssmc.ops import int4
-from ssmc.quant.formats import bf16_up, pack_int4
+from ssmc.quant.formats import bf16_up, pack
 
 SHAPES = [(63, 80, 100), (20, 64, 96), (9, 33, 7), (130, 48, 160), (65, 40, 288)]
 TILINGS = [
@@ -119,7 +119,7 @@ def test_no_rows(device: torch.device) -> None:
 
 def packed(n: int, k: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
     q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-    return pack_int4(q, group), scale((n, k // group), device)
+    return pack(q, 4, group), scale((n, k // group), device)
 
 
 def close(got: Tensor, expected: Tensor) -> bool:

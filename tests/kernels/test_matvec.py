@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.quant.formats import pack_int4, quantize_tensor, quantize_weight, scale_for
+from ssmc.quant.formats import pack, quantize_tensor, quantize_weight, scale_for
 
 pytest.importorskip("triton")
 
@@ -31,7 +31,7 @@ def weight(n: int, k: int, group: int = 0) -> tuple[Tensor, Tensor]:
         return quantize_weight(w)
     scale = scale_for(w.view(n, -1, group).abs().amax(-1), bits=4)
     q = quantize_tensor(w.view(n, -1, group), scale.unsqueeze(-1), bits=4)
-    return pack_int4(q.view(n, k), group), scale
+    return pack(q.view(n, k), 4, group), scale
 
 
 def vector(n: int) -> Tensor:

@@ -14,7 +14,7 @@ from ssmc.kernels.selective_scan import int8_selective_scan
 from ssmc.kernels.selective_step import selective_scan_step
 from ssmc.ops import fused_linear, int8, steps
 from ssmc.ops.quantize import quantize_dynamic
-from ssmc.quant.formats import bf16_up, pack_int4
+from ssmc.quant.formats import bf16_up, pack
 
 ERROR = 1e-5  # relative; exponentials and the order of sums differ
 
@@ -198,7 +198,7 @@ def test_step_with_a_packed_weight(rank: int, group: int, device: torch.device) 
     width = 40
     arguments = step(device, 2, width, 16, rank)
     q = torch.randint(-8, 8, (width, rank), dtype=torch.int8, device=device)
-    arguments["dt_w_q"] = pack_int4(q, group)
+    arguments["dt_w_q"] = pack(q, 4, group)
     arguments["dt_w_scale"] = scales(device, width, rank // group)
     check_step(arguments, reference(arguments), ERROR)
 

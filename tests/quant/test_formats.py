@@ -12,7 +12,6 @@ from ssmc.quant.formats import (
     columns_packed,
     dequantize_tensor,
     pack,
-    pack_int4,
     qmax,
     quantize_tensor,
     quantize_weight,
@@ -133,7 +132,7 @@ def test_groups_have_bytes_of_their_own(bits: int, groups: int) -> None:
 @given(st.sampled_from([2, 4, 16]))
 def test_four_bits_lie_as_kernels_read_them(group: int) -> None:
     q = torch.randint(-8, 8, (3, 2 * group), dtype=torch.int8)
-    packed = pack_int4(q, group)
+    packed = pack(q, 4, group)
     assert torch.equal(packed[:, 0] & 15, (q[:, 0] + 8).to(torch.uint8))
     assert torch.equal(packed[:, 0] >> 4, (q[:, group // 2] + 8).to(torch.uint8))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmc.quant.formats import bf16_up, pack_int4
+from ssmc.quant.formats import bf16_up, pack
 
 GROUP = 128
 """Columns of a weight of 4 bits that share a scale."""
@@ -26,7 +26,7 @@ def weight(n: int, k: int, bits: int, device: torch.device) -> tuple[Tensor, Ten
     if bits == 8:
         return integers(n, k, device=device), scales(n, 1, device=device)
     q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-    return pack_int4(q, GROUP), scales(n, k // GROUP, device=device)
+    return pack(q, 4, GROUP), scales(n, k // GROUP, device=device)
 
 
 def weight_bytes(n: int, k: int, bits: int) -> float:
