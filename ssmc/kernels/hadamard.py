@@ -30,12 +30,17 @@ MAX_PIECES = 128
 MAX_ORDER = 60
 """Largest Paley order: a product holds its pieces in registers twice, and compiling its code takes
 minutes beyond."""
-MAX_STACKED = 2
-"""Up to four pieces are one tensor in a butterfly."""
-
+STACKED, FEW_STACKED = 2, 5
+"""Up to four pieces are one tensor in a butterfly, and of few rows, which have shared memory and no
+others to hide their barriers, up to 32."""
 
 MANY_ROWS = 512
 """From here on rows, each with few warps, hide one another's latencies."""
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether the rows of x leave processors idle."""
+    return x.numel() < MANY_ROWS * x.shape[-1]
 
 
 def warps_for(m: int, n: int, few: int) -> int:
@@ -50,7 +55,8 @@ class Rotation:
 
     `signs` has an integer for each row of the Paley matrix, bit j set where entry j is -1. A block
     is len(signs) * 2^doublings values; `inner` of the doublings are inside a piece. In the
-    butterflies 2^stacked pieces are one tensor: the longer it is, the less do threads exchange.
+    butterflies up to 2^stacked pieces are one tensor: the longer it is, the less do threads
+    exchange.
     """
 
     signs: tuple[int, ...]
@@ -73,8 +79,8 @@ class Rotation:
 
 
 @functools.lru_cache
-def plan(n: int, block: int, width: int = 256) -> Rotation | None:
-    """The rotation of rows of n in pieces of at most `width`; None where kernels have none.
+def plan(n: int, block: int, width: int = 256, few: bool = False) -> Rotation | None:
+    """The rotation of `few` rows of n, in pieces of at most `width`; None where kernels have none.
 
     These take a Paley order of at most 60 and 128 pieces a row. Raises as `check_block`.
     """
@@ -86,8 +92,7 @@ def plan(n: int, block: int, width: int = 256) -> Rotation | None:
     negative = (_base_matrix(order) < 0).tolist()
     signs = tuple(sum(bit << j for j, bit in enumerate(row)) for row in negative)
     inner = min(doublings, width.bit_length() - 1)
-    count = triton.cdiv(n, width)
-    stacked = min(MAX_STACKED, (count & -count).bit_length() - 1)
+    stacked = min(FEW_STACKED if few else STACKED, triton.cdiv(n, width).bit_length() - 1)
     return Rotation(signs, doublings, inner, width, stacked, 1 / math.sqrt(block))
 
 
@@ -175,13 +180,36 @@ def rotate_pieces(
                 x = x + (products[t * ORDER + i],)
             rotated = rotated + _butterfly_across(x, OUTER)
     result = ()
-    for first in tl.static_range(0, len(rotated), 1 << STACKED):
-        x = ()
-        for i in tl.static_range(1 << STACKED):
-            x = x + (rotated[first + i],)
-        x = _butterfly_inside(stack(x, STACKED), STACKED, INNER)
-        result = result + unstack(x * FACTOR, STACKED)
+    LOGS: tl.constexpr = stacks_of(len(rotated), STACKED)
+    for i in tl.static_range(len(LOGS)):
+        result = result + _butterflies(rotated, len(result), LOGS[i], INNER, FACTOR)
     return result
+
+
+@triton.constexpr_function
+def stacks_of(count, most):
+    """`count` as powers of two, at most 2^most and the largest first: their logarithms."""
+    logs = []
+    while count > 0:
+        logs.append(min(most, count.bit_length() - 1))
+        count -= 1 << logs[-1]
+    return logs
+
+
+@triton.jit
+def _butterflies(  # noqa: ANN202
+    pieces,
+    FIRST: tl.constexpr,
+    LOG: tl.constexpr,
+    INNER: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """The butterflies inside 2^LOG pieces from FIRST on, as one tensor, times FACTOR."""
+    x = ()
+    for i in tl.static_range(1 << LOG):
+        x = x + (pieces[FIRST + i],)
+    x = _butterfly_inside(stack(x, LOG), LOG, INNER)
+    return unstack(x * FACTOR, LOG)
 
 
 @triton.jit
@@ -233,7 +261,7 @@ def _run(
 
 def hadamard(x: Tensor, block: int, *, width: int = 256, num_warps: int | None = None) -> Tensor:
     """Kernel of `ssmc.ops.hadamard`, whose own definition runs where `plan` finds no rotation."""
-    rotation = plan(x.shape[-1], block, width)
+    rotation = plan(x.shape[-1], block, width, is_few(x))
     if rotation is None:
         return torch.ops.ssmc.hadamard(x, block)
     out = torch.empty(x.shape, device=x.device)
@@ -245,7 +273,7 @@ def hadamard_quantize(
     x: Tensor, block: int, *, width: int = 256, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Kernel of `ssmc.ops.hadamard_quantize`; its definition runs where `plan` is None."""
-    rotation = plan(x.shape[-1], block, width)
+    rotation = plan(x.shape[-1], block, width, is_few(x))
     if rotation is None:
         return torch.ops.ssmc.hadamard_quantize(x, block)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)

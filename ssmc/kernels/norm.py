@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_rms, silu, to_float
-from ssmc.kernels.hadamard import MANY_ROWS, plan, rotate_pieces, warps_for
+from ssmc.kernels.hadamard import is_few, plan, rotate_pieces, warps_for
 from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
 from ssmc.kernels.pieces import load_piece, load_pieces, piece_width, store_pieces, store_quantized
 
@@ -253,7 +253,7 @@ def gated_norm_quantize(
     group = group_size or n
     if n % group:
         raise UsageError(f"gated_norm_quantize: group_size {group} does not divide the width {n}")
-    rotation = plan(n, block, width)
+    rotation = plan(n, block, width, is_few(x))
     if rotation is None:
         return torch.ops.ssmc.gated_norm_quantize(
             x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
@@ -278,7 +278,7 @@ def gated_norm_quantize(
         NORM_FIRST=norm_before_gate,
         SCALE_PER_CHANNEL=gate_scale.numel() > 1,
         ROTATE=block > 1,
-        FEW=m < MANY_ROWS,
+        FEW=is_few(x),
         **rotation.constants(),
         num_warps=num_warps or warps_for(m, n, few=4),
     )

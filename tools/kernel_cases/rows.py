@@ -89,7 +89,7 @@ def _gated(m: int, n: int, block: int, group_size: int | None = None) -> Case:
     return Case(
         name, ops.gated_norm_quantize, gated_norm_quantize, inputs,
         m * n * (4 + 1 + 1) + 8 * n + 4 * m, error=ERROR, flips=FLIPS,
-        configs=_warps(2, 4, 8, width=256) if m in (512, 2048) and block == n else (),
+        configs=_warps(1, 2, 4, 8, width=256) if m in (512, 2048) and block == n else (),
     )  # fmt: skip
 
 
