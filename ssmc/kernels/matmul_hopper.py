@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ssmc.kernels.arithmetic import inverse_of, times_scale, to_int8
 from ssmc.kernels.launch import await_inputs
+from ssmc.kernels.prefetch import prefetch
 from ssmc.kernels.tiles import Tiling, tile_of
 
 
@@ -116,7 +117,7 @@ def _copy_w(  # noqa: ANN202
 
 
 @gluon.jit
-def prefetch(
+def prefetch_tile(
     matrix, top, first, M, N, stride, begin,
     WIDTH: gl.constexpr,
     LINES: gl.constexpr,
@@ -128,14 +129,7 @@ def prefetch(
     row = gl.minimum(top + line // ACROSS, M - 1).to(gl.int64)
     column = gl.minimum(first + line % ACROSS * 32, N - 1)
     address = matrix + row * stride + column
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [address.to(gl.int64)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    prefetch(address)
 
 
 @gluon.jit
@@ -283,7 +277,7 @@ def linear_kernel(  # noqa: C901
     for i in gl.static_range(STAGES):
         _copy_x(x, x_tiles, ready, i, top, begin + i * BLOCK_K, i < blocks)
     if LINES > 0:
-        prefetch(residual, top, first, M, N, residual_stride, 0, WIDTH, LINES, LINE)
+        prefetch_tile(residual, top, first, M, N, residual_stride, 0, WIDTH, LINES, LINE)
     sums = gl.zeros((BLOCK_M, BLOCK_N), gl.int32, layout=LAYOUT)
     if EXTRA_N > 0:
         more = gl.zeros((BLOCK_M, EXTRA_N), gl.int32, layout=EXTRA_LAYOUT)

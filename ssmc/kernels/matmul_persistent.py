@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ssmc.kernels.launch import await_inputs
-from ssmc.kernels.matmul_hopper import finish, keep_columns, layouts, prefetch
+from ssmc.kernels.matmul_hopper import finish, keep_columns, layouts, prefetch_tile
 from ssmc.kernels.tiles import Tiling, tile_of
 
 _SHARED = 232_448 - 256  # bytes of shared memory in a processor, less what barriers need
@@ -99,7 +99,7 @@ def _load(  # noqa: ANN202
                 )
             tma.async_copy_global_to_shared(x, [top, k * BLOCK_K], bar, x_tiles.index(slot))
             if LINES > 0 and k >= STAGES:
-                prefetch(
+                prefetch_tile(
                     residual, top, first, M, N, residual_stride, (k - STAGES) * LINES, WIDTH,
                     LINES, gl.BlockedLayout([1], [32], [1], [0]),
                 )  # fmt: skip
