@@ -46,9 +46,7 @@ def run_passes(
     """
     report = Report()
     check_tensors(g)
-    for p in plan:
-        with _named(p):
-            p.check(g)
+    check_passes(g, plan)
     for p in plan:
         text = graph_text(g)
         on_start(p)
@@ -63,6 +61,13 @@ def run_passes(
         report.records.append(record)
         on_pass(record, g)
     return report
+
+
+def check_passes(g: Graph, plan: Sequence[Pass]) -> None:
+    """Raise UsageError for options that name what `g` does not have."""
+    for p in plan:
+        with _named(p):
+            p.check(g)
 
 
 @contextlib.contextmanager
