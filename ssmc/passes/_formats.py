@@ -134,11 +134,16 @@ def _unmatched(pattern: str, known: list[Operator]) -> UsageError:
     return UsageError(f"pattern '{pattern}' matches no operator", hint=hint)
 
 
+def is_format(text: str) -> bool:
+    """Whether `text` is wNaM, `float` or `default`."""
+    return text in (FLOAT, DEFAULT) or _BITS.fullmatch(text) is not None
+
+
 def read_override(text: str) -> Override:
     """PATTERN:FORMAT; UsageError for what is neither."""
     pattern, colon, form = (part.strip() for part in text.rpartition(":"))
     override = Override(pattern, form)
-    if not (colon and pattern) or not (override.bits or form in (FLOAT, DEFAULT)):
+    if not (colon and pattern and is_format(form)):
         raise UsageError(
             f"quantise{{overrides}}: '{text}' is not PATTERN:FORMAT",
             hint="as in layer.3:w4a16 or head:float; formats are wNaM (N 2 to 8, M 8 or 16), "

@@ -74,10 +74,22 @@ class Trials:
             self._known[key] = self._score(self.variant(key))
         return self._known[key]
 
+    def knows(self, overrides: Iterable[str]) -> bool:
+        """Whether these overrides have been scored."""
+        return tuple(overrides) in self._known
+
+    def bytes(self, overrides: Iterable[str]) -> int:
+        """Bytes stored with these overrides, without scoring them."""
+        return stored_bytes(self.variant(tuple(overrides)))
+
+    def plan(self, overrides: tuple[str, ...]) -> list[Pass]:
+        """The passes that quantise with these overrides."""
+        return with_overrides(self.rest, overrides)
+
     def variant(self, overrides: tuple[str, ...]) -> Graph:
         """The graph quantised with these overrides."""
         g = self.graph.copy()
-        for p in with_overrides(self.rest, overrides):
+        for p in self.plan(overrides):
             apply_pass(g, p, self.context)
         return g
 
