@@ -105,6 +105,7 @@ class _Search:
         self.trials, self.limits, self.progress = trials, limits, progress
         self.units = shared_units(trials.graph)
         self.first = limits.candidates[0]
+        self.planned = limits.evaluations
         self.start = self._score({})
         self.best: Choice = {}
 
@@ -138,7 +139,7 @@ class _Search:
 
     def _score(self, choice: Choice) -> Score:
         score = self.trials.score(self._overrides(choice))
-        self.progress(min(self.trials.count, self.limits.evaluations), self.limits.evaluations)
+        self.progress(min(self.trials.count, self.planned), self.planned)
         return score
 
     def _left(self, reserve: int = 0) -> bool:
@@ -146,6 +147,8 @@ class _Search:
 
     def _changes(self, pairs: Iterable[tuple[Unit, str]]) -> Iterator[Change]:
         reserve = min(RESERVE, self.limits.evaluations // 2)
+        pairs = list(pairs)
+        self.planned = min(self.limits.evaluations, 1 + len(pairs) + reserve)
         for unit, form in pairs:
             if not self._left(reserve):
                 return

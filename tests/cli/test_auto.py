@@ -20,13 +20,8 @@ from .test_compile import contents
 
 SHORT = ("--samples", 4, "--length", 16, "--device", "cpu", "--backend", "reference")
 PASSES = ("--passes", "absmax,quantise{group=8}")
+BOUND = 1.0  # per cent
 AUTO = ("--scheme", "auto", "--search-windows", 4, "--candidates", "w8a8,w4a16,float")
-
-
-@pytest.fixture(scope="module")
-def bound() -> float:
-    """A bound, in per cent, between what w8a8 and w4a16 lose."""
-    return 1.0
 
 
 def _given(folder: Path) -> tuple[Any, ...]:
@@ -34,9 +29,9 @@ def _given(folder: Path) -> tuple[Any, ...]:
 
 
 def test_the_bound_holds_and_the_recipe_repeats(
-    call: Call, tiny_folder: Path, tmp_path: Path, bound: float
+    call: Call, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    given, auto = _given(tiny_folder), (*AUTO, "--max-loss", f"{bound}%")
+    given, auto = _given(tiny_folder), (*AUTO, "--max-loss", f"{BOUND}%")
     files = ("-o", tmp_path / "auto", "--write-recipe", tmp_path / "auto.yaml")
     data = call("compile", *given, *auto, *files, "--json").json
     eight = call("compile", *given, "-o", tmp_path / "w8a8", "--json").json
@@ -45,7 +40,7 @@ def test_the_bound_holds_and_the_recipe_repeats(
     assert _loss(tiny_folder, tmp_path / "auto") == pytest.approx(
         data["search"]["found"]["perplexity"], rel=1e-3, abs=1e-6
     )
-    assert _loss(tiny_folder, tmp_path / "auto") <= bound / 100
+    assert _loss(tiny_folder, tmp_path / "auto") <= BOUND / 100
     for number, recipe in enumerate((tmp_path / "auto" / "ssmc.json", tmp_path / "auto.yaml")):
         again = tmp_path / f"again{number}"
         call("compile", tiny_folder, "--recipe", recipe, "--device", "cpu", "-o", again)
