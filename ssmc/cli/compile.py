@@ -96,6 +96,7 @@ def run(
     plan = resolved.plan()
     if dry_run:
         return _show_plan(model, plan, resolved, auto, as_json)
+    _check_writable(write_recipe)
     job = _Job(model, _checked_output(out, force), resolved, auto, device, force, as_json)
     compiled = job.run()
     if write_recipe is not None:
@@ -110,6 +111,16 @@ def _checked_output(out: Path | None, force: bool) -> Path:
         raise UsageError("no output folder", hint="add -o OUT")
     check_output(out, force=force)
     return out
+
+
+def _check_writable(path: Path | None) -> None:
+    from ssmc.errors import UsageError
+
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(
+            f"cannot write {path}: it is a folder, or in none",
+            hint="name a file, as in recipe.yaml",
+        )
 
 
 def _write_recipe(path: Path, recipe: dict[str, Any]) -> None:

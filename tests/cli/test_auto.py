@@ -100,6 +100,7 @@ def test_a_bound_out_of_reach(call: Call, tiny_folder: Path, tmp_path: Path) -> 
         (("--scheme", "auto", "--max-loss", "inf%"), "--max-loss inf% is no percentage"),
         (("--max-loss", "1%"), "are for --scheme auto"),
         (("--candidates", "w8a8"), "are for --scheme auto"),
+        (("--write-recipe", "nowhere/recipe.yaml"), "cannot write nowhere/recipe.yaml"),
         (("--scheme", "auto", "--max-loss", "1%", "--candidates", "w8"), "'w8' is no format"),
         (("--scheme", "auto", "--max-loss", "1%", "--samples", 64), "calibration uses all"),
     ],
