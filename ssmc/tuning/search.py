@@ -20,7 +20,15 @@ from torch import fx
 from ssmc.core import Graph
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
-from ssmc.passes._formats import DEFAULT, FLOAT, Operator, is_format, operators, read_override
+from ssmc.passes._formats import (
+    DEFAULT,
+    FLOAT,
+    Operator,
+    choose,
+    is_format,
+    operators,
+    read_override,
+)
 from ssmc.tuning.trials import Score, Trials
 
 CANDIDATES = ("w8a8", "w4a8", "w4a16", "float")
@@ -95,7 +103,8 @@ class Found:
 def search(trials: Trials, limits: Limits, progress: Progress = lambda done, total: None) -> Found:
     """The choice with the fewest stored bytes found whose loss is at most `limits.max_loss`.
 
-    Deterministic: the same trials give the same choice.
+    What the recipe's own overrides name stays as they say. Deterministic: the same trials give the
+    same choice.
     """
     return _Search(trials, limits, progress).run()
 
@@ -103,7 +112,10 @@ def search(trials: Trials, limits: Limits, progress: Progress = lambda done, tot
 class _Search:
     def __init__(self, trials: Trials, limits: Limits, progress: Progress) -> None:
         self.trials, self.limits, self.progress = trials, limits, progress
-        self.units = shared_units(trials.graph)
+        pinned = choose(trials.own, trials.graph)
+        self.units = [
+            u for u in shared_units(trials.graph) if not any(o.node in pinned for o in u.operators)
+        ]
         self.first = limits.candidates[0]
         self.planned = limits.evaluations
         self.start = self._score({})
@@ -119,7 +131,8 @@ class _Search:
             self._repair(changes)
         self.progress(self.trials.count, self.trials.count)
         score = self._score(self.best)
-        formats = {o.address: self.best.get(u, self.first) for u in self.units for o in u.operators}
+        taken = choose(self._overrides(self.best), self.trials.graph)
+        formats = {o.address: taken[o.node].format for o in operators(self.trials.graph)}
         alone: dict[str, dict[str, float]] = {}
         for change in changes:
             added = change.score.kl - self.start.kl
@@ -135,7 +148,7 @@ class _Search:
     def _overrides(self, choice: Choice) -> tuple[str, ...]:
         taken = [u for u in self.units if u in choice]
         single = [f"{o.address}:{choice[u]}" for u in taken for o in u.operators]
-        return (f"*:{self.first}", *single)
+        return (f"*:{self.first}", *self.trials.own, *single)
 
     def _score(self, choice: Choice) -> Score:
         score = self.trials.score(self._overrides(choice))

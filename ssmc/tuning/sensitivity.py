@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from ssmc.core import Graph
-from ssmc.passes._formats import DEFAULT, FLOAT, Operator, operators
+from ssmc.passes._formats import FLOAT, Operator, operators
 from ssmc.tuning.trials import Score, Trials
 
 By = Literal["block", "operator", "role"]
@@ -39,18 +39,20 @@ def measure(
 ) -> Sensitivity:
     """Score the units one by one, each quantised with everything else in float.
 
-    With `leave_out` each is in float and everything else quantised. Ranked by divergence: what it
+    With `leave_out` each is in float and everything else quantised. Quantised means as the recipe
+    says, its own overrides included. Ranked by divergence: what it
     adds alone, or what is gone without it.
     """
-    found = units(trials.graph, by)
+    found, everything = units(trials.graph, by), operators(trials.graph)
     rows = []
     for done, (unit, members) in enumerate(found.items()):
         progress(done, len(found))
-        score = trials.score(_without(members) if leave_out else _only(members))
+        left = members if leave_out else [o for o in everything if o not in members]
+        score = trials.score((*trials.own, *(f"{o.node.name}:{FLOAT}" for o in left)))
         rows.append(Row(unit, len(members), score))
     progress(len(found), len(found))
     rows.sort(key=lambda row: row.score.kl, reverse=not leave_out)
-    return Sensitivity(trials.score(()), rows)
+    return Sensitivity(trials.score(trials.own), rows)
 
 
 def units(g: Graph, by: By) -> dict[str, list[Operator]]:
@@ -64,11 +66,3 @@ def units(g: Graph, by: By) -> dict[str, list[Operator]]:
     for operator in operators(g):
         found.setdefault(names[by](operator), []).append(operator)
     return found
-
-
-def _only(members: Sequence[Operator]) -> list[str]:
-    return [f"*:{FLOAT}", *(f"{o.node.name}:{DEFAULT}" for o in members)]
-
-
-def _without(members: Sequence[Operator]) -> list[str]:
-    return [f"{o.node.name}:{FLOAT}" for o in members]

@@ -56,7 +56,7 @@ class Trials:
         self.graph = prepared.source.graph
         self.context = replace(prepared.context, progress=lambda done, total: None)
         self.rest = recipe.plan()[len(prepared.done) :]
-        quantise_of(self.rest)
+        self.own = quantise_of(self.rest).overrides
         self.windows = windows.to(device_of(self.graph))
         self.count = 0
         self._expected = [self._predict(self.graph, window) for window in self.windows]
@@ -67,7 +67,7 @@ class Trials:
         return ",".join(str(p) for p in self.rest)
 
     def score(self, overrides: Iterable[str]) -> Score:
-        """The score with these overrides behind those of the recipe; `count` counts new ones."""
+        """The score with overrides in place of the recipe's `own`; `count` counts new ones."""
         key = tuple(overrides)
         if key not in self._known:
             self.count += 1
@@ -130,11 +130,8 @@ def quantise_of(plan: Iterable[Pass]) -> Quantise:
 
 
 def with_overrides(plan: Iterable[Pass], overrides: tuple[str, ...]) -> list[Pass]:
-    """The plan, with `overrides` behind those that its `quantise` has."""
-    return [
-        replace(p, overrides=p.overrides + overrides) if isinstance(p, Quantise) else p
-        for p in plan
-    ]
+    """The plan, with `overrides` in place of those that its `quantise` has."""
+    return [replace(p, overrides=overrides) if isinstance(p, Quantise) else p for p in plan]
 
 
 def held_out_windows(source: Source, recipe: Recipe, text: Path | None, limit: int) -> Tensor:

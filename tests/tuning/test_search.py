@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
 from ssmc.passes._formats import choose, operators
 from ssmc.recipe import make_recipe
@@ -105,6 +106,12 @@ def test_candidates_are_formats(candidates: tuple[str, ...]) -> None:
         Limits(0.01, candidates)
 
 
-def test_overrides_of_the_recipe_stay_in_front(trials: MakeTrials) -> None:
-    recipe = make_recipe(passes=["absmax", {"quantise": {"group": 8, "overrides": "head:float"}}])
-    assert "overrides=head:float;*:w8a8" in str(trials(recipe=recipe).plan(("*:w8a8",))[-1])
+def test_what_the_recipe_says_stays(trials: MakeTrials) -> None:
+    options = {"group": 8, "overrides": {"layer.0.in_proj": "float"}}
+    tried = trials(recipe=make_recipe(passes=["absmax", {"quantise": options}]))
+    found = search(tried, Limits(1e9, ("w8a8", "w4a16")))
+    assert found.formats["layer.0.in_proj"] == "float"
+    assert found.formats["layer.1.in_proj"] == "w4a16"
+    variant = tried.variant(found.overrides)
+    name = "backbone_layers_0_mixer_in_proj"
+    assert operands(variant.node(name))["weight"].op == "get_attr"

@@ -8,6 +8,7 @@ import pytest
 
 from ssmc.core import Graph
 from ssmc.passes._formats import operators
+from ssmc.recipe import make_recipe
 from ssmc.tuning.sensitivity import By, measure, units
 
 from .conftest import MakeTrials
@@ -62,3 +63,14 @@ def test_a_variant_changes_the_unit_and_nothing_else(
 
 def _reads(g: Graph, name: str) -> list[str]:
     return [n.name for n in g.node(name).all_input_nodes]
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_quantised_means_as_the_recipe_says(trials: MakeTrials, leave_out: bool) -> None:
+    options = {"group": 8, "overrides": {"layer.0.in_proj": "w2a8", "scan": "float"}}
+    recipe = make_recipe(passes=["absmax", {"quantise": options}])
+    rows = measure(trials(recipe=recipe), "operator", leave_out=leave_out).rows
+    assert rows[0].unit == "layer.0.in_proj"
+    scans = [row.score.kl for row in rows if row.unit.endswith("scan")]
+    everything = measure(trials(recipe=recipe), "block").everything.kl
+    assert scans == [everything if leave_out else 0.0] * 2
