@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from core.tiny import KINDS, apply, context, graph
+import torch
+from core.tiny import KINDS, apply, context, graph, logits
 
 from ssmc.core import Graph, make_plan, run_passes
 from ssmc.core.dialect import operands
 from ssmc.core.options import build_pass, parse_passes
 from ssmc.core.text import graph_lines
 from ssmc.errors import UsageError
+from ssmc.lowering import lower
 from ssmc.passes._formats import operators
 from ssmc.recipe import make_recipe
 
@@ -193,3 +195,14 @@ def test_levels_that_are_not_uniform_need_16_bit_inputs() -> None:
         build_pass("quantise", {"activations": 16, "range": "tanh", "overrides": "head:w4a8"})
     with pytest.raises(UsageError, match="multiple of 8, which fill whole bytes at 3 bits"):
         build_pass("quantise", {"group": 12, "overrides": "head:w3a16"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_formats_are_lowered_to_the_same_bits(kind: str) -> None:
+    mixed = "layer.0:w4a8;layer.0.scan:float;layer.1.in_proj:float;layer.1.conv1d:float"
+    g = _quantised(kind, f"*:w8a8;{mixed}")
+    lowered = lower(g, "cpu")
+    assert torch.equal(logits(lowered.graph), logits(g))
+    kept = {entry["node"].removeprefix("backbone_") for entry in lowered.kept}
+    scan = "selective_scan" if kind == "mamba" else "ssd_scan"
+    assert kept == {f"layers_0_mixer_{scan}", "layers_1_mixer_in_proj", "layers_1_mixer_conv1d"}
