@@ -15,7 +15,7 @@ from ssmc.core import Context, Graph, Pass, Record, run_passes
 from ssmc.core.graph import LENGTH
 from ssmc.core.numerics import block_numerics
 from ssmc.core.options import PassSpec, parse_passes
-from ssmc.core.pipeline import relative_error, signal_to_noise
+from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
 from ssmc.core.report import Report
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
 from ssmc.device import device_of, find_device, move
@@ -165,20 +165,42 @@ def _given_batches(calibration: Any, example_inputs: Any) -> list[Inputs]:
     return [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in given]
 
 
-def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledModel:
-    """Run the recipe's plan over a source and lower the result."""
+@dataclass
+class Prepared:
+    """A source rewritten and calibrated, in place: what is left is to quantise and to lower it.
+
+    `done` are the passes that ran, `report` is what they did. What `finish` makes of it depends on
+    this and on the passes of the quantise stage alone, so variants can branch off here.
+    """
+
+    source: Source
+    context: Context
+    done: list[Pass]
+    report: Report
+
+
+def prepare(source: Source, recipe: Recipe, hooks: Hooks) -> Prepared:
+    """Run the recipe's plan over a source up to the quantise stage."""
     plan = recipe.plan()
     BACKENDS[choose_backend(recipe.backend, device_of(source.graph))].load()  # fails now or never
+    check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
-    before_quantise: list[Graph] = []
+    done = [p for p in plan if p.stage != "quantise"]
+    report = run_passes(
+        source.graph, done, context, hooks.on_start, hooks.on_pass, hooks.crash_folder
+    )
+    return Prepared(source, context, done, report)
 
-    def on_start(p: Pass) -> None:
-        hooks.on_start(p)
-        if p.stage == "quantise" and not before_quantise:
-            before_quantise.append(source.graph.copy())
 
-    report = run_passes(source.graph, plan, context, on_start, hooks.on_pass, hooks.crash_folder)
-    reference = before_quantise[0] if before_quantise else source.graph
+def finish(prepared: Prepared, recipe: Recipe, hooks: Hooks) -> CompiledModel:
+    """Run what is left of the recipe's plan, and lower the result."""
+    source, context, plan = prepared.source, prepared.context, recipe.plan()
+    reference = source.graph.copy()
+    rest = run_passes(
+        source.graph, plan[len(prepared.done) :], context, hooks.on_start, hooks.on_pass,
+        hooks.crash_folder, prepared.done,
+    )  # fmt: skip
+    report = Report(prepared.report.records + rest.records)
     artefact = Artefact(
         source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
     )
@@ -186,6 +208,11 @@ def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledMode
     artefact.report = _report(compiled, report, reference, context)
     artefact.about["metrics"] = _metrics(compiled, reference, context)
     return compiled
+
+
+def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledModel:
+    """Run the recipe's plan over a source and lower the result."""
+    return finish(prepare(source, recipe, hooks), recipe, hooks)
 
 
 def make_context(source: Source, recipe: Recipe, hooks: Hooks) -> Context:

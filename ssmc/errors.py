@@ -31,6 +31,10 @@ class NumericsError(SsmcError):
     """NaN or infinity in a weight or an activation."""
 
 
+class SearchError(SsmcError):
+    """No choice of bits was found that keeps to the bound."""
+
+
 class UsageError(SsmcError):
     """Wrong option, recipe, input file or output folder."""
 

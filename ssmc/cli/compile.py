@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,8 @@ import typer
 from ssmc.cli import output
 
 if TYPE_CHECKING:
-    from ssmc.compiler import Source
+    from ssmc.cli.auto import Auto
+    from ssmc.compiler import Prepared, Source
     from ssmc.core import Graph, Pass, Record
     from ssmc.recipe import Recipe
     from ssmc.runtime import CompiledModel
@@ -33,7 +35,7 @@ def run(
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(help="w8a8 (default), w4a8, w8a16, w4a16, w3a16, w2a16 or none."),
+        typer.Option(help="w8a8 (default), w4a8, w8a16, w4a16, w3a16, w2a16, auto or none."),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file; options here go over it.")
@@ -46,11 +48,32 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of the draw of windows (0).")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, reference, cpu or triton.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where passes run.")] = "auto",
+    max_loss: Annotated[
+        str | None, typer.Option(help="Of auto: how much perplexity may rise, as in 0.5%.")
+    ] = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(help="Of auto: formats, the first to start with (w8a8,w4a8,w4a16,float)."),
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Of auto: variants scored, at most (200).")
+    ] = None,
+    search_text: Annotated[
+        Path | None,
+        typer.Option(help="Of auto: text to score on (what calibration leaves of its text)."),
+    ] = None,
+    search_windows: Annotated[
+        int | None, typer.Option(min=1, help="Of auto: windows of that text (8).")
+    ] = None,
+    write_recipe: Annotated[
+        Path | None, typer.Option(help="Write what was done as a recipe (YAML), too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the artefact in OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Trace MODEL, run passes over it, and write a verified int8 artefact to OUT."""
+    from ssmc.cli.auto import AUTO, BASE, read_auto
     from ssmc.recipe import make_recipe, read_recipe
 
     given = {
@@ -66,10 +89,18 @@ def run(
         resolved = read_recipe(recipe, **given)
     else:
         resolved = make_recipe(**{k: v for k, v in given.items() if v is not None}, where="options")
+    wanted = {"candidates": candidates, "evaluations": evaluations, "windows": search_windows}
+    auto = read_auto(resolved.scheme, max_loss, search_text, **wanted)
+    if resolved.scheme == AUTO:
+        resolved = resolved.model_copy(update={"scheme": BASE})
     plan = resolved.plan()
     if dry_run:
-        return _show_plan(model, plan, resolved, as_json)
-    _compile(model, _checked_output(out, force), resolved, device, force, as_json)
+        return _show_plan(model, plan, resolved, auto, as_json)
+    _check_writable(write_recipe)
+    job = _Job(model, _checked_output(out, force), resolved, auto, device, force, as_json)
+    compiled = job.run()
+    if write_recipe is not None:
+        _write_recipe(write_recipe, compiled.about["recipe"])
 
 
 def _checked_output(out: Path | None, force: bool) -> Path:
@@ -82,18 +113,41 @@ def _checked_output(out: Path | None, force: bool) -> Path:
     return out
 
 
-def _show_plan(model: str, plan: list[Pass], recipe: Recipe, as_json: bool) -> None:
-    if as_json:
-        return output.say_json(
-            {
-                "model": model,
-                "plan": [{p.name: p.options()} for p in plan],
-                "recipe": recipe.model_dump(),
-            }
+def _check_writable(path: Path | None) -> None:
+    from ssmc.errors import UsageError
+
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(
+            f"cannot write {path}: it is a folder, or in none",
+            hint="name a file, as in recipe.yaml",
         )
+
+
+def _write_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    import yaml
+
+    from ssmc.errors import UsageError
+
+    try:
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}", hint="ssmc.json of the artefact is a recipe"
+        ) from None
+
+
+def _show_plan(
+    model: str, plan: list[Pass], recipe: Recipe, auto: Auto | None, as_json: bool
+) -> None:
+    if as_json:
+        data = {"model": model, "plan": [{p.name: p.options()} for p in plan]}
+        searched = {} if auto is None else {"search": auto.to_json()}
+        return output.say_json(data | {"recipe": recipe.model_dump()} | searched)
     named = _named(recipe)
     rows = [(p.stage, str(p), "" if p.name in named else "added") for p in plan]
     output.say_table(["stage", "pass", ""], rows, f"plan for {model}")
+    if auto is not None:
+        output.say("\n" + "\n".join(auto.lines(recipe)))
 
 
 def _named(recipe: Recipe) -> set[str]:
@@ -102,24 +156,55 @@ def _named(recipe: Recipe) -> set[str]:
     return {p.name for p in parse_passes(recipe.passes)}
 
 
-def _compile(
-    model: str, out: Path, recipe: Recipe, device: str, force: bool, as_json: bool
-) -> None:
-    from ssmc.compiler import compile_source, read_source
-    from ssmc.device import find_device
+@dataclass(frozen=True)
+class _Job:
+    model: str
+    out: Path
+    recipe: Recipe
+    auto: Auto | None
+    device: str
+    force: bool
+    as_json: bool
 
-    found = find_device(device)
-    output.note(f"loading {model}")
-    source = read_source(model, recipe).to(found)
-    screen = _Screen(recipe, out, quiet=as_json)
-    screen.header(source, recipe)
-    with screen.bar:
-        compiled = compile_source(source, recipe, screen.hooks())
-    compiled.save(out, force=force)
-    if as_json:
-        output.say_json(_summary(compiled, out) | {"passes": screen.records})
-    else:
-        _say_summary(_summary(compiled, out))
+    def run(self) -> CompiledModel:
+        """Compile, write and show."""
+        from ssmc.compiler import finish, prepare, read_source
+        from ssmc.device import find_device
+
+        found = find_device(self.device)
+        output.note(f"loading {self.model}")
+        source = read_source(self.model, self.recipe).to(found)
+        windows = self._windows(source)
+        screen = _Screen(self.recipe, self.out, quiet=self.as_json)
+        screen.header(source, self.recipe)
+        with screen.bar:
+            prepared = prepare(source, self.recipe, screen.hooks())
+            recipe, searched = self._choose(prepared, windows)
+            compiled = finish(prepared, recipe, screen.hooks())
+        compiled.save(self.out, force=self.force)
+        if self.as_json:
+            output.say_json(_summary(compiled, self.out) | {"passes": screen.records} | searched)
+        else:
+            _say_summary(_summary(compiled, self.out))
+        return compiled
+
+    def _windows(self, source: Source) -> Any:
+        from ssmc.tuning.trials import held_out_windows, quantise_of
+
+        if self.auto is None:
+            return None
+        quantise_of(self.recipe.plan())
+        return held_out_windows(source, self.recipe, self.auto.text, self.auto.windows)
+
+    def _choose(self, prepared: Prepared, windows: Any) -> tuple[Recipe, dict[str, Any]]:
+        from ssmc.cli import auto
+
+        if self.auto is None:
+            return self.recipe, {}
+        recipe, found = auto.choose_bits(self.auto, prepared, self.recipe, windows)
+        if not self.as_json:
+            auto.say(self.auto, found, prepared.source.graph)
+        return recipe, {"search": self.auto.to_json() | auto.to_json(found)}
 
 
 class _Screen:

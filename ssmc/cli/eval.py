@@ -36,12 +36,12 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Perplexity of a model or an artefact on windows of text that do not overlap."""
-    from ssmc.cli.target import open_target
+    from ssmc.cli.target import check_choice, open_target
     from ssmc.demo import evaluation_file
     from ssmc.evaluate import perplexity
 
-    _check("mode", mode, ("prefill", "recurrent"))
-    _check("execution", execution, ("lowered", "simulated"))
+    check_choice("mode", mode, ("prefill", "recurrent"))
+    check_choice("execution", execution, ("lowered", "simulated"))
     opened = open_target(target, backend, device)
     if opened.compiled is not None:
         opened.compiled.execution = execution  # type: ignore[assignment]
@@ -74,13 +74,3 @@ def _say_overlap(share: float) -> None:
     output.say(f"overlap      {share:.1%} of its runs of {RUN} tokens are in the calibration text")
     if share > OVERLAP:
         output.note("this text was calibrated on: its perplexity says too little about other text")
-
-
-def _check(option: str, value: str, known: tuple[str, ...]) -> None:
-    from ssmc.errors import UsageError, choices
-
-    if value not in known:
-        raise UsageError(
-            f"--{option} {value} is unknown",
-            hint=choices(value, known),
-        )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ssmc import __version__
-from ssmc.cli import bench, doctor, generate, inspect, passes, verify
+from ssmc.cli import bench, doctor, generate, inspect, passes, sensitivity, verify
 from ssmc.cli import compile as compile_command
 from ssmc.cli import eval as eval_command
 from ssmc.cli.output import fail
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.command("compile")(compile_command.run)
 app.command("passes")(passes.run)
 app.command("inspect")(inspect.run)
+app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
 app.command("generate")(generate.run)
 app.command("verify")(verify.run)

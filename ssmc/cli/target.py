@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ssmc.runtime import CompiledModel
 
 
+def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise UsageError unless the value of an option is a known one."""
+    from ssmc.errors import UsageError, choices
+
+    if value not in known:
+        raise UsageError(f"--{option} {value} is unknown", hint=choices(value, known))
+
+
 @dataclass
 class Target:
     """Something that runs: `run(ids, states=...)` gives logits and states."""

@@ -63,6 +63,10 @@ class Pass(ABC):
     beside_scheme: ClassVar[bool] = False
     rules: ClassVar[tuple[tuple[Pattern, str], ...]] = ()
 
+    def check(self, g: Graph) -> None:
+        """Raise UsageError where options name what `g` lacks; asked before any pass runs."""
+        return None
+
     def run(self, g: Graph, context: Context) -> None:
         """Apply every rule wherever its pattern holds, in execution order."""
         for node in g.nodes:
@@ -96,10 +100,14 @@ class Pass(ABC):
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         }
-        inside = ",".join(
-            f"{k}={str(v).lower() if v in (True, False) else v}" for k, v in changed.items()
-        )
+        inside = ",".join(f"{k}={_text(v)}" for k, v in changed.items())
         return f"{self.name}{{{inside}}}" if inside else self.name
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ";".join(map(str, value))
+    return str(value).lower() if value in (True, False) else str(value)
 
 
 @dataclasses.dataclass

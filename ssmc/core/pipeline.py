@@ -6,11 +6,12 @@ of nodes and parameters, time, one record; on failure a bundle to reproduce it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,8 +35,9 @@ def run_passes(
     on_start: OnStart = lambda p: None,
     on_pass: OnPass = lambda record, graph: None,
     crash_folder: Path | None = None,
+    before: Sequence[Pass] = (),
 ) -> Report:
-    """Run `plan` over `g` in place and report what each pass did.
+    """Run `plan` over `g` in place, behind the passes `before`, and report what each pass did.
 
     Raises PassError where a pass fails, leaves an illegal graph, or changes the probe's result
     by more than its `exact_to`; an error of another SsmcError type keeps it. Both name the pass.
@@ -44,19 +46,38 @@ def run_passes(
     """
     report = Report()
     check_tensors(g)
+    check_passes(g, plan)
     for p in plan:
         text = graph_text(g)
         on_start(p)
         try:
-            record = run_pass(g, p, context)
-        except SsmcError as error:
-            error.args = (f"pass {p.name}: {error}",)
+            with _named(p):
+                record = run_pass(g, p, context)
+        except SsmcError:
             raise
         except Exception as error:
-            raise _failure(p, error, _bundle(crash_folder, text, plan, p)) from error
+            bundle = _bundle(crash_folder, text, [*before, *plan], p)
+            raise _failure(p, error, bundle) from error
         report.records.append(record)
         on_pass(record, g)
     return report
+
+
+def check_passes(g: Graph, plan: Sequence[Pass]) -> None:
+    """Raise UsageError for options that name what `g` does not have."""
+    for p in plan:
+        with _named(p):
+            p.check(g)
+
+
+@contextlib.contextmanager
+def _named(p: Pass) -> Iterator[None]:
+    """What goes wrong with ssmc's own message names the pass."""
+    try:
+        yield
+    except SsmcError as error:
+        error.args = (f"pass {p.name}: {error}",)
+        raise
 
 
 def run_pass(g: Graph, p: Pass, context: Context) -> Record:

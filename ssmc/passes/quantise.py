@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,16 @@ from torch import fx
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
+from ssmc.passes._formats import FLOAT, Bits, Override, Overrides, choose, read_override
 from ssmc.passes._qdq import Quantiser
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import Site
 from ssmc.quant.formats import columns_packed
 from ssmc.quant.weights import Range, WeightFormat
+
+GROUP = 128
+"""Columns that share a scale where an override asks for few bits and no group is given."""
+Chosen = dict[fx.Node, Override]
 
 
 @register
@@ -43,6 +49,15 @@ class Quantise(Pass):
     `activations=16` quantises weights only: nothing is int8 between layers, and the linear layers
     round their inputs to bfloat16, in which every kernel for such weights multiplies. Layers out of
     scope stay in float; the head reads 8 bits, those of the embedding where it is tied to it.
+
+    `overrides` gives single operators other formats, as PATTERN:FORMAT with `;` between them:
+    `layer.3:w4a16;out_proj:w4a8;head:float`. A pattern is a role, a layer, both (`layer.3.in_proj`)
+    or a path of modules, each part with wildcards; the last that matches decides, whatever `scope`,
+    `embedding` and `head` say. A format is wNaM (N bits of the weight, 2 to 8, M of the inputs, 8
+    or 16), `float`, or `default` (what the other options say). Fewer than 8 bits come in groups of
+    `group` or 128, with `range=mse` where no range is given. Choosing bits for each block is W4AX
+    of Quamba2 (Chiang et al. 2025, arXiv 2503.22879). Embedding and convolution have
+    8 bits or none, as has the scan, which a16 leaves in float.
     """
 
     name = "quantise"
@@ -58,6 +73,7 @@ class Quantise(Pass):
     group: int | None = None
     range: Range = "absmax"
     scope: Literal["inout", "all"] = "inout"
+    overrides: Overrides = ()
 
     def __post_init__(self) -> None:
         if not self.margin >= 1:
@@ -72,39 +88,75 @@ class Quantise(Pass):
                 f"quantise{{activations={self.activations}}}: activations has 8 or 16 bits",
                 hint="16 quantises weights only",
             )
-        if self.range == "tanh" and self.activations == 8:
+        named = [override.bits for override in map(read_override, self.overrides)]
+        few = [bits for bits in named if bits and bits.weights < 8]
+        own = Bits(self.weights, self.activations)
+        if self.range == "tanh" and any(bits.activations == 8 for bits in (own, *few)):
             raise UsageError(
                 "quantise{range=tanh}: no integer product has levels that are not uniform",
                 hint="add activations=16, or leave range=tanh out",
             )
-        self._check_group()
+        for bits in (own, *few):
+            self._check_group(bits.weights)
 
-    def _check_group(self) -> None:
-        multiple = columns_packed(self.weights)
+    def _check_group(self, bits: int) -> None:
+        multiple = columns_packed(bits)
         if self.group is not None and (self.group < 2 or self.group % multiple):
             raise UsageError(
                 f"quantise{{group={self.group}}}: group must be at least 2 and a multiple of "
-                f"{multiple}, which fill whole bytes at {self.weights} bits",
+                f"{multiple}, which fill whole bytes at {bits} bits",
                 hint="common groups are 32, 64 and 128; group=none is one scale a row",
             )
+
+    def check(self, g: Graph) -> None:
+        """UsageError for an override that matches no operator of `g`."""
+        choose(self.overrides, g)
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
         free = self.granularity == "free"
         quantiser = Quantiser(g, "channel" if free else "tensor", self.margin if free else 1.0)
+        chosen = choose(self.overrides, g)
         for node in g.calls("ssmc::embedding"):
-            self._embedding(g, quantiser, node)
-        sites = g.facts["ssm-sites"] if self.activations == 8 else []
+            self._embedding(g, quantiser, node, chosen)
+        sites = g.facts["ssm-sites"]
         for site in sites:
-            self._site(g, quantiser, site)
+            if self._int8_inputs(g, site.scan, chosen):
+                self._site(g, quantiser, site)
         for conv1d in dict.fromkeys(s.conv1d for s in sites if s.conv1d):
-            self._conv1d(g, quantiser, conv1d)
+            if self._int8_inputs(g, conv1d, chosen):
+                self._conv1d(g, quantiser, conv1d)
         for linear in g.facts["linears"]:
-            self._linear(g, quantiser, linear)
+            self._linear(g, quantiser, linear, chosen)
         g.facts[self.name] = list(quantiser.weights.values())
+        if chosen:
+            counts = Counter(override.format for override in chosen.values()).items()
+            g.note(f"overrides: {', '.join(f'{count} {form}' for form, count in counts)}")
 
-    def _embedding(self, g: Graph, q: Quantiser, node: fx.Node) -> None:
-        if not self.embedding:
+    def _left(self, g: Graph, node: fx.Node, chosen: Chosen) -> bool:
+        override = chosen.get(node)
+        if override is None or override.format != FLOAT:
+            return False
+        g.skip(node, f"float by {override}")
+        return True
+
+    def _bits(self, node: fx.Node, chosen: Chosen) -> Bits | None:
+        """The bits an override names for a call; None: it is as the other options say."""
+        return chosen[node].bits if node in chosen else None
+
+    def _int8_inputs(self, g: Graph, node: fx.Node, chosen: Chosen) -> bool:
+        """Whether a scan or a convolution, which have int8 inputs or none, is quantised."""
+        if self._left(g, node, chosen):
+            return False
+        bits = self._bits(node, chosen)
+        if bits and bits.activations == 16:
+            g.skip(node, f"float by {chosen[node]}")
+        return (bits.activations if bits else self.activations) == 8
+
+    def _embedding(self, g: Graph, q: Quantiser, node: fx.Node, chosen: Chosen) -> None:
+        if self._left(g, node, chosen):
+            return
+        if not self.embedding and self._bits(node, chosen) is None:
             g.skip(node, "embedding=false")
             return
         ids, weight = operands(node).values()
@@ -131,35 +183,47 @@ class Quantise(Pass):
         node.args = tuple(args.values())
         g.match(node)
 
-    def _linear(self, g: Graph, q: Quantiser, linear: Linear) -> None:
-        if linear.role == "head" and not self.head:
+    def _linear(self, g: Graph, q: Quantiser, linear: Linear, chosen: Chosen) -> None:
+        named = self._bits(linear.node, chosen)
+        if self._left(g, linear.node, chosen):
+            return
+        if named is None and linear.role == "head" and not self.head:
             g.skip(linear.node, "head=false")
             return
         scoped = self.scope == "all" or linear.role in ("in_proj", "out_proj", "linear")
-        if self.activations == 16 and not scoped and linear.role != "head":
+        if named is None and self.activations == 16 and not scoped and linear.role != "head":
             g.skip(linear.node, "out of scope, so in float")
             return
-        x, folded = self._input(q, linear)
-        form = self._format(g, linear) if scoped else None
-        weight = q.weight(linear.node, linear.weight, form, folded)
+        bits = named or Bits(self.weights, self.activations)
+        x, folded = self._input(q, linear, bits)
+        form = self._format(named) if named or scoped else None
+        weight = q.weight(linear.node, linear.weight, self._fitting(g, linear, form), folded)
         bias = operands(linear.node)["bias"]
-        linear.node.args = (x, weight, bias, self.activations == 8)
+        linear.node.args = (x, weight, bias, bits.activations == 8)
         g.match(linear.node)
 
-    def _format(self, g: Graph, linear: Linear) -> WeightFormat | None:
-        """The format of a layer in scope; None: 8 bits, as others have."""
-        per_tensor = self.granularity == "tensor" and self.group is None
-        form = WeightFormat(self.weights, self.group, per_tensor, self.range)
+    def _format(self, named: Bits | None) -> WeightFormat:
+        """The format of a weight, by an override or by the other options."""
+        if named is None:
+            per_tensor = self.granularity == "tensor" and self.group is None
+            return WeightFormat(self.weights, self.group, per_tensor, self.range)
+        if named.weights == 8:
+            return WeightFormat(tensor=self.granularity == "tensor")
+        ends: Range = "mse" if self.range == "absmax" else self.range
+        return WeightFormat(named.weights, self.group or GROUP, range=ends)
+
+    def _fitting(self, g: Graph, linear: Linear, form: WeightFormat | None) -> WeightFormat | None:
+        """`form` where the layer's width divides into it; None: 8 bits, as layers out of scope."""
         width = g.param(linear.weight).shape[1]
-        if form.fits(width):
+        if form is None or form.fits(width):
             return form
-        multiple = self.group or columns_packed(self.weights)
+        multiple = form.group or columns_packed(form.bits)
         g.note(f"{linear.role} keeps 8 bits: {width} is no multiple of {multiple}")
         return None
 
-    def _input(self, q: Quantiser, linear: Linear) -> tuple[fx.Node, fx.Node | None]:
+    def _input(self, q: Quantiser, linear: Linear, bits: Bits) -> tuple[fx.Node, fx.Node | None]:
         """The input as the layer reads it, and the value whose scales its weight takes over."""
-        if self.activations == 16:
+        if bits.activations == 16:
             return q.bfloat16(linear.input), None
         known = q.values.get(linear.input)
         if self.granularity == "free" and known is not None and known.scale is not None:

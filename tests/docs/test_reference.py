@@ -62,13 +62,15 @@ def test_exit_codes() -> None:
     assert codes == {0, 130} | {e.exit_code for e in classes}
 
 
-def test_recipe_in_the_reference_can_be_planned(tmp_path: Path) -> None:
+def test_recipes_in_the_reference_can_be_planned(tmp_path: Path) -> None:
     from ssmc.recipe import read_recipe
 
-    (block,) = (b for b in blocks(DOCS / "cli.md") if b.language == "yaml")
-    (tmp_path / "recipe.yaml").write_text(block.text)
-    recipe = read_recipe(tmp_path / "recipe.yaml")
-    assert [p.name for p in recipe.plan()][-1] == "quantise"
+    found = [b for b in blocks(DOCS / "cli.md") if b.language == "yaml"]
+    assert len(found) == 2
+    for block in found:
+        (tmp_path / "recipe.yaml").write_text(block.text)
+        recipe = read_recipe(tmp_path / "recipe.yaml")
+        assert [p.name for p in recipe.plan()][-1] == "quantise"
 
 
 def test_passes_are_listed_in_the_readme() -> None:

@@ -1,0 +1,1 @@
+"""Which operators take how many bits: variants of one calibrated graph, scored and searched."""
