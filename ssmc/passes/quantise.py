@@ -31,7 +31,11 @@ class Quantise(Pass):
     out_proj, dt_proj and the head, B, C), and per output channel for weights.
     `margin` widens those per channel: what one channel reached on the calibration text it exceeds
     on another text more often than a whole tensor does. `granularity=tensor` takes one static
-    scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4). A, D, dt_bias,
+    scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4), or one for
+    each cluster of sort-and-cluster, where that ran. `granularity=token` quantises linear layers
+    and embedding alone, with a dynamic scale for each token that a layer reads, as is usual for
+    transformers; convolution and scan stay in float. `weight_scale=tensor` or `row` is what shares
+    a scale in weights, by default a tensor with granularity=tensor, else a row. A, D, dt_bias,
     norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
 
     `weights` is the bits, 2 to 8, of in_proj and out_proj, with `scope=all` of every linear layer;
@@ -49,7 +53,7 @@ class Quantise(Pass):
     stage = "quantise"
     needs = ("ssm-sites", "linears", "fold-norm", "fold-a-log", "absmax")
     exact_to = None
-    granularity: Literal["free", "tensor"] = "free"
+    granularity: Literal["free", "tensor", "token"] = "free"
     embedding: bool = True
     head: bool = True
     margin: float = 1.3
@@ -58,6 +62,7 @@ class Quantise(Pass):
     group: int | None = None
     range: Range = "absmax"
     scope: Literal["inout", "all"] = "inout"
+    weight_scale: Literal["row", "tensor"] | None = None
 
     def __post_init__(self) -> None:
         if not self.margin >= 1:
@@ -90,11 +95,14 @@ class Quantise(Pass):
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
-        free = self.granularity == "free"
-        quantiser = Quantiser(g, "channel" if free else "tensor", self.margin if free else 1.0)
+        quantiser = self._quantiser(g)
         for node in g.calls("ssmc::embedding"):
             self._embedding(g, quantiser, node)
         sites = g.facts["ssm-sites"] if self.activations == 8 else []
+        if self.granularity == "token":
+            for site in sites:
+                g.skip(site.scan, "granularity=token leaves scans and convolutions in float")
+            sites = []
         for site in sites:
             self._site(g, quantiser, site)
         for conv1d in dict.fromkeys(s.conv1d for s in sites if s.conv1d):
@@ -102,6 +110,20 @@ class Quantise(Pass):
         for linear in g.facts["linears"]:
             self._linear(g, quantiser, linear)
         g.facts[self.name] = list(quantiser.weights.values())
+
+    def _quantiser(self, g: Graph) -> Quantiser:
+        free = self.granularity == "free"
+        return Quantiser(
+            g,
+            "channel" if free else "tensor",
+            self.margin if free else 1.0,
+            "tensor" if self._weights_per_tensor else "channel",
+            g.facts.get("sort-and-cluster"),
+        )
+
+    @property
+    def _weights_per_tensor(self) -> bool:
+        return (self.weight_scale or self.granularity) == "tensor"
 
     def _embedding(self, g: Graph, q: Quantiser, node: fx.Node) -> None:
         if not self.embedding:
@@ -148,7 +170,7 @@ class Quantise(Pass):
 
     def _format(self, g: Graph, linear: Linear) -> WeightFormat | None:
         """The format of a layer in scope; None: 8 bits, as others have."""
-        per_tensor = self.granularity == "tensor" and self.group is None
+        per_tensor = self._weights_per_tensor and self.group is None
         form = WeightFormat(self.weights, self.group, per_tensor, self.range)
         width = g.param(linear.weight).shape[1]
         if form.fits(width):
@@ -167,4 +189,4 @@ class Quantise(Pass):
         return self._row(q, linear.input), None
 
     def _row(self, q: Quantiser, value: fx.Node) -> fx.Node:
-        return q.dynamic(value) if self.granularity == "free" else q.static(value)
+        return q.static(value) if self.granularity == "tensor" else q.dynamic(value)
