@@ -98,11 +98,7 @@ class Quantise(Pass):
         quantiser = self._quantiser(g)
         for node in g.calls("ssmc::embedding"):
             self._embedding(g, quantiser, node)
-        sites = g.facts["ssm-sites"] if self.activations == 8 else []
-        if self.granularity == "token":
-            for site in sites:
-                g.skip(site.scan, "granularity=token leaves scans and convolutions in float")
-            sites = []
+        sites = self._sites(g)
         for site in sites:
             self._site(g, quantiser, site)
         for conv1d in dict.fromkeys(s.conv1d for s in sites if s.conv1d):
@@ -132,6 +128,15 @@ class Quantise(Pass):
         ids, weight = operands(node).values()
         node.args = (ids, q.weight(node, weight))
         g.match(node)
+
+    def _sites(self, g: Graph) -> list[Site]:
+        """The scans that read integers."""
+        sites: list[Site] = g.facts["ssm-sites"] if self.activations == 8 else []
+        if self.granularity != "token":
+            return sites
+        for site in sites:
+            g.skip(site.scan, "granularity=token leaves scans and convolutions in float")
+        return []
 
     def _site(self, g: Graph, q: Quantiser, site: Site) -> None:
         for value in (site.u, site.dt):

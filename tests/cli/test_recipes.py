@@ -64,7 +64,7 @@ def test_the_default_recipe_is_the_default() -> None:
 
 
 def test_options_go_over_a_named_recipe(call: Call) -> None:
-    given = ("--recipe", "gptq-w4a16", "--samples", 3, "--scheme", "w3a16", "--dry-run", "--json")
+    given = ("--recipe", "default", "--samples", 3, "--scheme", "w3a16", "--dry-run", "--json")
     data = call("compile", "demo", *given).json
     assert data["recipe"]["samples"] == 3
     assert next(p["quantise"] for p in data["plan"] if "quantise" in p)["weights"] == 3
