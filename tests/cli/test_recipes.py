@@ -59,6 +59,15 @@ def test_the_embedded_model_compiles(call: Call, tmp_path: Path, name: str) -> N
     assert ended.json["metrics"]["probe_top1_agreement"] > 0.5
 
 
+def test_the_same_recipe_gives_the_same_bytes(call: Call, tiny_model: Path, tmp_path: Path) -> None:
+    text = tiny_model / "text.txt"
+    for name in ("one", "two"):
+        asked = ("--recipe", "quamba2-w4a8", "--calibration", text, *FEW, "-o", tmp_path / name)
+        assert call("compile", tiny_model, *asked).code == 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
 def test_the_default_recipe_is_the_default() -> None:
     assert find_recipe("default").plan() == Recipe().plan()
 

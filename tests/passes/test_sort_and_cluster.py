@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from core.tiny import apply, error, graph, logits, values
 
+from ssmc.compiler import Hooks, make_context, read_source
 from ssmc.core import Graph
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
+from ssmc.passes._qdq import _shared
 from ssmc.quant.formats import dequantize_tensor, quantize_tensor, scale_for
+from ssmc.recipe import make_recipe
 
+FindPath = Callable[[str], Path]
 GROUPED = {"n_groups": 2, "num_heads": 8, "head_dim": 10}
 SCAN = "ssmc::ssd_scan"
 PER_TENSOR = "absmax,quantise{granularity=tensor}"
@@ -90,6 +96,41 @@ def test_rounding_errs_less_than_with_one_scale() -> None:
     plain, clustered = uneven(), uneven()
     apply(clustered, "sort-and-cluster")
     assert rounding_error(clustered) < 0.5 * rounding_error(plain)
+
+
+@pytest.mark.slow
+def test_a_trained_model_comes_near_scales_by_the_channel(
+    shared_model: FindPath, shared_data: FindPath
+) -> None:
+    """The figures in docs/accuracy.md: the error of x by rounding, layer by layer."""
+    model = str(shared_model("mamba2-6m"))
+    source, held_out = (
+        read_source(model, make_recipe(calibration=str(shared_data(file)), samples=samples))
+        for file, samples in (("calib512.jsonl", 16), ("test.jsonl", 4))
+    )
+    errors = {}
+    for passes in ("", "sort-and-cluster"):
+        g = source.graph.copy()
+        apply(g, f"{passes},absmax".lstrip(","), make_context(source, make_recipe(), Hooks()))
+        names, clusters = inputs(g), g.facts.get("sort-and-cluster", {})
+        seen: dict[str, torch.Tensor] = {}
+        g.watch(lambda n, v, seen=seen: seen.update({n.name: v}), *held_out.calibration[0])
+        for name in names:
+            x, largest = seen[name], g.ranges[name].channel().view(seen[name].shape[2:])
+            for kind, shared in (
+                ("tensor", torch.zeros(x.shape[2:], dtype=torch.long)),
+                ("cluster", clusters.get(name)),
+                ("channel", torch.arange(largest.numel()).view(x.shape[2:])),
+            ):
+                if shared is not None and (kind == "cluster" or not passes):
+                    scale = scale_for(_shared(largest.flatten(), shared))
+                    rounded = dequantize_tensor(quantize_tensor(x, scale), scale)
+                    errors.setdefault(kind, []).append(error(rounded, x))
+    print({kind: [f"{100 * e:.2f} %" for e in each] for kind, each in errors.items()})
+    tensor, cluster, channel = (torch.tensor(errors[k]) for k in ("tensor", "cluster", "channel"))
+    assert len(cluster) == 8
+    assert (cluster < 0.6 * tensor).all()
+    assert (cluster < 1.15 * channel).all()
 
 
 def test_scales_by_the_channel_need_no_clusters() -> None:
