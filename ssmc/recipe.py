@@ -12,8 +12,11 @@ from pydantic_core import PydanticCustomError
 from ssmc.core.options import parse_passes
 from ssmc.core.passes import Pass
 from ssmc.core.plan import make_plan
-from ssmc.errors import UsageError, choices
+from ssmc.errors import UsageError, choices, did_you_mean
 from ssmc.lowering import BACKENDS
+
+FOLDER = Path(__file__).parent / "recipes"
+"""Where the recipes that come with ssmc lie."""
 
 SCHEMES: dict[str, str | None] = {
     "w8a8": "quantise",
@@ -65,6 +68,28 @@ class Recipe(BaseModel):
         return make_plan(passes)
 
 
+def find_recipe(name: str | Path, **overrides: Any) -> Recipe:
+    """The recipe of a file, or where there is no such file the one that comes with ssmc.
+
+    `overrides` as for `read_recipe`. UsageError where there is neither.
+    """
+    path, known = Path(name), builtin_recipes()
+    if path.is_file() or str(name) not in known:
+        return read_recipe(path, **overrides)
+    return read_recipe(known[str(name)], **overrides)
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The files of the recipes that come with ssmc, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def recipe_title(path: Path) -> str:
+    """What a recipe file says of itself: its first line, which is a comment."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
 def read_recipe(path: Path, **overrides: Any) -> Recipe:
     """The recipe of a YAML or JSON file, with `overrides` that are not None put over it.
 
@@ -75,7 +100,8 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     except OSError as error:
         raise UsageError(
             f"cannot read recipe {path}: {error.strerror}",
-            hint="give a YAML file, or the ssmc.json of an artefact",
+            hint=did_you_mean(str(path), builtin_recipes())
+            or "give a YAML file, the ssmc.json of an artefact, or a name from `ssmc recipes`",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None

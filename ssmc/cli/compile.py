@@ -38,7 +38,8 @@ def run(
         typer.Option(help="w8a8 (default), w4a8, w8a16, w4a16, w3a16, w2a16, auto or none."),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe file; options here go over it.")
+        str | None,
+        typer.Option(help="Recipe: a name (`ssmc recipes`) or a file; options here go over it."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Calibration text, .jsonl or .txt (default: the embedded).")
@@ -74,7 +75,7 @@ def run(
 ) -> None:
     """Trace MODEL, run passes over it, and write a verified int8 artefact to OUT."""
     from ssmc.cli.auto import AUTO, BASE, read_auto
-    from ssmc.recipe import make_recipe, read_recipe
+    from ssmc.recipe import find_recipe, make_recipe
 
     given = {
         "passes": passes,
@@ -86,7 +87,7 @@ def run(
         "backend": backend,
     }
     if recipe is not None:
-        resolved = read_recipe(recipe, **given)
+        resolved = find_recipe(recipe, **given)
     else:
         resolved = make_recipe(**{k: v for k, v in given.items() if v is not None}, where="options")
     wanted = {"candidates": candidates, "evaluations": evaluations, "windows": search_windows}

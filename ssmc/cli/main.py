@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ssmc import __version__
-from ssmc.cli import bench, doctor, generate, inspect, passes, sensitivity, verify
+from ssmc.cli import bench, doctor, generate, inspect, passes, recipes, sensitivity, verify
 from ssmc.cli import compile as compile_command
 from ssmc.cli import eval as eval_command
 from ssmc.cli.output import fail
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("compile")(compile_command.run)
 app.command("passes")(passes.run)
+app.command("recipes")(recipes.run)
 app.command("inspect")(inspect.run)
 app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,26 @@ class QuantisedWeight:
 
 
 class Quantiser:
-    """Inserts the pairs, each value and each weight once however many calls read it."""
+    """Inserts the pairs, each value and each weight once however many calls read it.
 
-    def __init__(self, g: Graph, granularity: Granularity, margin: float = 1.0) -> None:
+    `granularity` is that of static scales, `weights` that of weights in 8 bits. Where a value's
+    name is in `clusters`, its channels share scales as these say (int64, of its channels' shape),
+    instead of one a tensor.
+    """
+
+    def __init__(
+        self,
+        g: Graph,
+        granularity: Granularity,
+        margin: float = 1.0,
+        weights: Granularity = "channel",
+        clusters: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.g = g
         self.margin = margin
         self.granularity: Granularity = granularity
-        self.eight_bits = WeightFormat(tensor=granularity == "tensor")
+        self.clusters = clusters or {}
+        self.eight_bits = WeightFormat(tensor=weights == "tensor")
         self.values: dict[fx.Node, Quantised] = {}
         self.weights: dict[tuple[fx.Node, WeightFormat, fx.Node | None], QuantisedWeight] = {}
         self.unit: fx.Node | None = None
@@ -131,11 +145,22 @@ class Quantiser:
                 f"no range was measured for '{value.name}'", hint="name absmax or percentile"
             )
         ranges = self.g.ranges[value.name]
-        per_channel = self.granularity == "channel"
-        absmax = ranges.channel().reshape(channels(value)) if per_channel else ranges.tensor()
+        if self.granularity == "channel":
+            absmax = ranges.channel().reshape(channels(value))
+        elif value.name in self.clusters:
+            absmax = _shared(ranges.channel(), self.clusters[value.name])
+        else:
+            absmax = ranges.tensor()
         return scale_for(absmax.float() * self.margin)
 
     def _dequantize(self, value: fx.Node, *pair: fx.Node) -> fx.Node:
         integers, scale = pair[-2:]
         with self.g.after(pair[0]):
             return self.g.call("ssmc::dequantize", integers, scale, like=value, suffix="dq")
+
+
+def _shared(absmax: torch.Tensor, clusters: torch.Tensor) -> torch.Tensor:
+    """The largest of absmax [C] in the cluster of each channel, of the shape of `clusters`."""
+    labels = clusters.to(absmax.device)
+    largest = absmax.new_zeros(int(labels.max()) + 1)
+    return largest.scatter_reduce(0, labels.flatten(), absmax, "amax")[labels]

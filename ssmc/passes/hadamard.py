@@ -30,7 +30,7 @@ class Hadamard(Pass):
 
     name = "hadamard"
     stage = "rewrite"
-    after = ("fold-norm",)
+    after = ("fold-norm", "sort-and-cluster")
     needs = ("ssm-sites", "linears")
     exact_to = 1e-5
     block: int | None = None

@@ -37,7 +37,11 @@ class Quantise(Pass):
     out_proj, dt_proj and the head, B, C), and per output channel for weights.
     `margin` widens those per channel: what one channel reached on the calibration text it exceeds
     on another text more often than a whole tensor does. `granularity=tensor` takes one static
-    scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4). A, D, dt_bias,
+    scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4), or one for
+    each cluster of sort-and-cluster, where that ran. `granularity=token` quantises linear layers
+    and embedding alone, with a dynamic scale for each token that a layer reads, as is usual for
+    transformers; convolution and scan stay in float. `weight_scale=tensor` or `row` is what shares
+    a scale in weights, by default a tensor with granularity=tensor, else a row. A, D, dt_bias,
     norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
 
     `weights` is the bits, 2 to 8, of in_proj and out_proj, with `scope=all` of every linear layer;
@@ -64,7 +68,7 @@ class Quantise(Pass):
     stage = "quantise"
     needs = ("ssm-sites", "linears", "fold-norm", "fold-a-log", "absmax")
     exact_to = None
-    granularity: Literal["free", "tensor"] = "free"
+    granularity: Literal["free", "tensor", "token"] = "free"
     embedding: bool = True
     head: bool = True
     margin: float = 1.3
@@ -73,6 +77,7 @@ class Quantise(Pass):
     group: int | None = None
     range: Range = "absmax"
     scope: Literal["inout", "all"] = "inout"
+    weight_scale: Literal["row", "tensor"] | None = None
     overrides: Overrides = ()
 
     def __post_init__(self) -> None:
@@ -114,12 +119,11 @@ class Quantise(Pass):
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
-        free = self.granularity == "free"
-        quantiser = Quantiser(g, "channel" if free else "tensor", self.margin if free else 1.0)
+        quantiser = self._quantiser(g)
         chosen = choose(self.overrides, g)
         for node in g.calls("ssmc::embedding"):
             self._embedding(g, quantiser, node, chosen)
-        sites = g.facts["ssm-sites"]
+        sites = self._sites(g)
         for site in sites:
             if self._int8_inputs(g, site.scan, chosen):
                 self._site(g, quantiser, site)
@@ -132,6 +136,20 @@ class Quantise(Pass):
         if chosen:
             counts = Counter(override.format for override in chosen.values()).items()
             g.note(f"overrides: {', '.join(f'{count} {form}' for form, count in counts)}")
+
+    def _quantiser(self, g: Graph) -> Quantiser:
+        free = self.granularity == "free"
+        return Quantiser(
+            g,
+            "channel" if free else "tensor",
+            self.margin if free else 1.0,
+            "tensor" if self._weights_per_tensor else "channel",
+            g.facts.get("sort-and-cluster"),
+        )
+
+    @property
+    def _weights_per_tensor(self) -> bool:
+        return (self.weight_scale or self.granularity) == "tensor"
 
     def _left(self, g: Graph, node: fx.Node, chosen: Chosen) -> bool:
         override = chosen.get(node)
@@ -162,6 +180,15 @@ class Quantise(Pass):
         ids, weight = operands(node).values()
         node.args = (ids, q.weight(node, weight))
         g.match(node)
+
+    def _sites(self, g: Graph) -> list[Site]:
+        """The scans that may read integers."""
+        sites: list[Site] = g.facts["ssm-sites"]
+        if self.granularity != "token":
+            return sites
+        for site in sites if self.activations == 8 else ():
+            g.skip(site.scan, "granularity=token leaves scans and convolutions in float")
+        return []
 
     def _site(self, g: Graph, q: Quantiser, site: Site) -> None:
         for value in (site.u, site.dt):
@@ -205,10 +232,10 @@ class Quantise(Pass):
     def _format(self, named: Bits | None) -> WeightFormat:
         """The format of a weight, by an override or by the other options."""
         if named is None:
-            per_tensor = self.granularity == "tensor" and self.group is None
+            per_tensor = self._weights_per_tensor and self.group is None
             return WeightFormat(self.weights, self.group, per_tensor, self.range)
         if named.weights == 8:
-            return WeightFormat(tensor=self.granularity == "tensor")
+            return WeightFormat(tensor=self._weights_per_tensor)
         ends: Range = "mse" if self.range == "absmax" else self.range
         return WeightFormat(named.weights, self.group or GROUP, range=ends)
 
@@ -231,4 +258,4 @@ class Quantise(Pass):
         return self._row(q, linear.input), None
 
     def _row(self, q: Quantiser, value: fx.Node) -> fx.Node:
-        return q.dynamic(value) if self.granularity == "free" else q.static(value)
+        return q.static(value) if self.granularity == "tensor" else q.dynamic(value)

@@ -73,6 +73,14 @@ def test_recipes_in_the_reference_can_be_planned(tmp_path: Path) -> None:
         assert [p.name for p in recipe.plan()][-1] == "quantise"
 
 
+def test_recipes_are_listed() -> None:
+    from ssmc.recipe import builtin_recipes
+
+    bullets = re.findall(r"^- (.*?):", section(DOCS / "cli.md", "`ssmc recipes"), re.MULTILINE)
+    listed = re.findall(r"`([\w-]+)`", " ".join(bullets))
+    assert sorted(listed) == sorted(builtin_recipes())
+
+
 def test_passes_are_listed_in_the_readme() -> None:
     listed = set(re.findall(r"`([\w-]+)`", "\n".join(rows(section(ROOT / "README.md", "Passes")))))
     assert listed == {name for name in known_passes() if ssmc.core.passes.origin(name) == "ssmc"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,34 +43,59 @@ def test_own_module_keeps_its_accuracy(
     assert f"int8 {result.int8_accuracy:.3f}" in capsys.readouterr().out
 
 
-def test_pass_table_prints_what_it_measures() -> None:
+SMALL = ("--samples", "2", "--windows", "2", "--length", "65", "--markdown", "--only")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_reproduce_prints_what_it_measures(tmp_path: Path) -> None:
     row = "hadamard,absmax,quantise{embedding=false,head=false}"
-    small = ("--samples", "2", "--windows", "2", "--length", "65")
-    ran = script("pass_table.py", "--only", "--also", row, "--markdown", *small)
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text('{"text": "In the beginning"}\n{"text": "the United States of America"}\n')
+    asked = ("--also", row, "--also", "naive", "--last-word", str(passages))
+    ran = script("reproduce.py", *asked, *SMALL)
     assert ran.returncode == 0, ran.stderr
-    _, _, baseline, measured = ran.stdout.splitlines()
-    cells = [cell.strip() for cell in measured.strip("|").split("|")]
-    reference, perplexity, loss, size, ratio = (
-        float(baseline.split("|")[2]),
-        *map(float, cells[1:]),
-    )
-    assert cells[0] == f"`{row}`"
-    assert loss == pytest.approx(100 * (perplexity / reference - 1), abs=0.02)
-    assert abs(loss) < 5
-    assert ratio == pytest.approx(size / 11.2, abs=2e-3)
-    assert 0.6 < ratio < 0.75
+    heads, _, *lines = ran.stdout.splitlines()
+    columns = ["perplexity", "loss %", "MB", "last word %"]
+    assert cells(heads) == ["method", *(f"demo {column}" for column in columns)]
+    (name, reference, _, size, _), *rows = map(cells, lines)
+    assert name == "float32"
+    assert float(size) == pytest.approx(22.4, abs=0.05)
+    assert [cell[0] for cell in rows] == [row, "naive"]
+    for _, perplexity, loss, _, words in rows:
+        assert float(loss) == pytest.approx(
+            100 * (float(perplexity) / float(reference) - 1), abs=0.02
+        )
+        assert float(words) in (0, 50, 100)
+    assert abs(float(rows[0][2])) < 5
+    assert 0.6 < float(rows[0][3]) / 11.2 < 0.75
 
 
-def test_pass_table_says_what_is_wrong_before_it_runs() -> None:
-    ran = script("pass_table.py", "--only", "--also", "hadamard{blok=4}")
+def test_reproduce_puts_models_side_by_side(tiny_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    models = ("--models", str(tiny_folder), "--models", str(other))
+    text = str(tiny_folder / "text.txt")
+    ran = script("reproduce.py", *models, "--text", text, "--calibration", text, *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    heads, _, line = map(cells, ran.stdout.splitlines())
+    assert [head.split()[0] for head in heads[1:]] == [tiny_folder.name] * 3 + ["other"] * 3
+    assert line[1:4] == line[4:]
+
+
+def test_reproduce_says_what_is_wrong_before_it_runs() -> None:
+    ran = script("reproduce.py", "--only", "--also", "hadamard{blok=4}")
     assert ran.returncode == 2
     assert "did you mean block?" in ran.stderr
     assert ran.stdout == ""
 
 
-def test_pass_table_rows_can_all_be_planned(example: Example) -> None:
-    from ssmc.recipe import make_recipe
+def test_reproduce_has_every_recipe_and_all_rows_can_be_planned(example: Example) -> None:
+    from ssmc.recipe import builtin_recipes
 
-    for passes in example("pass_table").ROWS:
-        plan = [p.name for p in make_recipe(passes=passes).plan()]
-        assert plan[-1] == "quantise"
+    reproduce = example("reproduce")
+    assert set(builtin_recipes()) <= set(reproduce.ROWS.values())
+    for recipe in reproduce.planned(reproduce.ROWS, samples=3).values():
+        assert recipe.samples == 3
+        assert recipe.plan()[-1].stage == "quantise"

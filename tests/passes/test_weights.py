@@ -182,7 +182,7 @@ def test_a_width_that_does_not_fall_into_groups_keeps_8_bits() -> None:
         ("range=tanh", "levels that are not uniform", "activations=16"),
         ("range=tan", "'absmax', 'mse' or 'tanh'", ""),
         ("scope=al", "'inout' or 'all'", ""),
-        ("weigths=4", "no option 'weigths'", "did you mean weights?"),
+        ("weigths=4", "no option 'weigths'", "did you mean weights or weight_scale?"),
     ],
 )
 def test_options_that_do_not_exist(options: str, message: str, hint: str) -> None:
