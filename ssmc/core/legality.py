@@ -8,7 +8,13 @@ from ssmc.core.dialect import is_legal, target_name
 from ssmc.core.graph import Graph, check_finite
 from ssmc.errors import PassError
 
-_QUANTISED = ("ssmc::quantize", "ssmc::quantize_dynamic", "ssmc::dequantize")
+_QUANTISED = (
+    "ssmc::quantize",
+    "ssmc::quantize_dynamic",
+    "ssmc::quantize_state",
+    "ssmc::dequantize",
+    "ssmc::dequantize_state",
+)
 
 
 def check_graph(g: Graph, stage: str) -> None:
