@@ -105,7 +105,7 @@ def _row_norms(g: Graph, rows: Rows) -> Tensor:
 
 
 def measure_variance(g: Graph, names: set[str], stride: int, context: Context) -> dict[str, Tensor]:
-    """The variance of each value [..., P, N] of the states called `names`, every `stride` tokens."""
+    """The variance of each value [..., P, N] of the states called `names`, each `stride` tokens."""
     moments: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in names}
     for batch in context.batches():
         states = None
