@@ -168,15 +168,15 @@ def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledMode
     plan = recipe.plan()
     BACKENDS[choose_backend(recipe.backend, device_of(source.graph))].load()  # fails now or never
     context = make_context(source, recipe, hooks)
-    before_quantise: list[Graph] = []
+    exact: list[Graph] = []  # the graph before the first pass that may change the result
 
     def on_start(p: Pass) -> None:
         hooks.on_start(p)
-        if p.stage == "quantise" and not before_quantise:
-            before_quantise.append(source.graph.copy())
+        if p.stage in ("reconstruct", "quantise") and not exact:
+            exact.append(source.graph.copy())
 
     report = run_passes(source.graph, plan, context, on_start, hooks.on_pass, hooks.crash_folder)
-    reference = before_quantise[0] if before_quantise else source.graph
+    reference = exact[0] if exact else source.graph
     artefact = Artefact(
         source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
     )

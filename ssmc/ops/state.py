@@ -52,10 +52,10 @@ def quantize_state(
 ) -> tuple[Tensor, Tensor]:
     """A state h [B, ..., P, N] as integers of 2 to 8 bits and their scales, made from h itself.
 
-    `scales` is 'tensor' (scale [B, 1, ...]), 'group' ([..., P, N / group]) or 'decoupled'
-    ([..., P + N]); scales are bfloat16. Integers are int8, or packed to uint8 [..., N / 2] where
-    bits is 4 or less and N even. With `step`, integers [B, 1] that count calls, rounding is
-    stochastic, its numbers a hash of seed, step and place; else half to even.
+    `scales` is 'tensor' (scale [B, 1, ...]), 'group' ([..., P, N / group]), 'decoupled' or
+    'decoupled-max' ([..., P + N]); scales are bfloat16. Integers are int8, or packed to uint8
+    [..., N / 2] where bits is 4 or less and N even. With `step`, integers [B, 1] that count calls,
+    rounding is stochastic, its numbers a hash of seed, step and place; else half to even.
     """
     _check(h, scales, group, step)
     noise = None if step is None else uniform_noise(step, h.shape, seed)

@@ -36,7 +36,8 @@ class State(Pass):
     from the state of each sequence whenever it is stored. `scales=tensor` takes one scale;
     `group` one for each `group` values along the state dimension; `decoupled` one for each channel
     times one for each place in the state dimension (Chen et al. 2025, 'Q-Mamba', Findings of ACL
-    2025 551, decoupled scale quantisation), of a head where there are heads.
+    2025 551, decoupled scale quantisation), of a head where there are heads; `decoupled-max` takes
+    the largest magnitude of a channel as its scale, which suits stochastic rounding.
 
     `rounding=stochastic` rounds up with the probability of the fraction, so that a small change,
     repeated, is not lost. Its random numbers are a hash of seed, place and a count of calls, which

@@ -17,7 +17,7 @@ from ssmc.quant.state import (
     uniform_noise,
 )
 
-SCALES = ["tensor", "group", "decoupled"]
+SCALES = ["tensor", "group", "decoupled", "decoupled-max"]
 SHAPES = [(3, 7, 12), (2, 3, 5, 8)]
 
 
@@ -60,6 +60,12 @@ def test_finer_scales_err_less_where_channels_and_places_differ() -> None:
     errors = {s: (rounded(h, 4, s, group=16) - h).norm().item() for s in SCALES}
     assert errors["decoupled"] < 0.5 * errors["tensor"], errors
     assert errors["decoupled"] < 0.9 * errors["group"], errors
+
+
+def test_the_largest_of_a_channel_as_its_scale_suits_small_channels() -> None:
+    h = outer((4, 16, 16))
+    small = {s: (rounded(h, 4, s) / h - 1)[:, :4].abs().mean().item() for s in SCALES[2:]}
+    assert small["decoupled-max"] < 0.7 * small["decoupled"], small
 
 
 @pytest.mark.parametrize("scales", SCALES)
