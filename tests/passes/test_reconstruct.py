@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from core.tiny import KINDS, apply, calibration, context, error, graph
+from core.tiny import KINDS, apply, calibration, context, error, graph, make_pass
+from frontend.models import build, tokens
 from torch import Tensor, fx
 
 import ssmc
-from ssmc.core import Context, Graph, is_call, make_plan
+from ssmc.core import Context, Graph, Pass, is_call, make_plan
 from ssmc.core.dialect import operands
 from ssmc.core.options import parse_passes
 from ssmc.corpus import read_texts, token_windows
@@ -192,6 +193,18 @@ def test_comes_behind_rewrites_and_in_front_of_calibration() -> None:
     assert places == sorted(places)
     with pytest.raises(UsageError, match="must run before"):
         make_plan(parse_passes("reconstruct,hadamard"))
+
+
+def test_what_it_costs_is_told_against_the_model_before_it() -> None:
+    def change(self: Pass, g: Graph, context: Context) -> None:
+        for norm in g.calls("ssmc::rms_norm"):
+            weight = operands(norm)["weight"]
+            g.set_param(weight, 1.1 * g.param(weight))
+
+    make_pass("louder", change, stage="reconstruct", exact_to=None)
+    model = build("mamba")
+    compiled = ssmc.compile(model, passes="louder", scheme="none", calibration=tokens(4, 33))
+    assert compiled.about["metrics"]["probe_signal_to_noise_db"] < 60
 
 
 # -- a trained model --------------------------------------------------------------------------
