@@ -217,6 +217,16 @@ def demo_windows(model: ssmc.frontend.Model, file: Any, count: int, length: int)
     return token_windows(model.tokenizer, texts, model.eos_token_id, length, "demo")[:count]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_goes_with_rotations_and_other_schemes(kind: str) -> None:
+    passes = f"hadamard,reconstruct{{{COARSE}}},percentile,quantise,state{{bits=4,scales=tensor}}"
+    records = apply(graph(kind), passes)
+    # What was trained is in the ranges: calibration comes behind it.
+    assert list(records).index("reconstruct") < list(records).index("percentile")
+    done = records["reconstruct"]
+    assert len(done.matched) + len(done.skipped) == 2
+
+
 @pytest.mark.slow
 def test_a_trained_model_loses_less_on_other_text() -> None:
     model = ssmc.load_model("demo")
