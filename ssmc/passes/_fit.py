@@ -47,7 +47,7 @@ class Fit:
         """The best parameters, and the error on the windows held back before and after."""
         leaves = {name: self.params[name].clone().requires_grad_() for name in self.masks}
         adam = torch.optim.Adam(leaves.values(), lr=schedule.lr)
-        best, before = self._copy(leaves), self._held_back(leaves, schedule.batch)
+        best, before = _copy(leaves), self._held_back(leaves, schedule.batch)
         least, worse = before, 0
         for step in range(1, schedule.steps + 1):
             adam.param_groups[0]["lr"] = schedule.lr * (1 - (step - 1) / schedule.steps)
@@ -59,7 +59,7 @@ class Fit:
             error = self._held_back(leaves, schedule.batch)
             worse = 0 if error < least else worse + 1
             if worse == 0:
-                best, least = self._copy(leaves), error
+                best, least = _copy(leaves), error
             if worse == schedule.patience:
                 break
         return best, before, least
@@ -79,10 +79,10 @@ class Fit:
         """The mean squared error of the outputs, each relative to its mean square."""
         given = self.student.given(which)
         found = self.block.run(given, {**self.params, **leaves}, self.call(number))
-        wanted = {node: self.teacher.values[node] for node in found}
         errors = [
-            (found[node] - value[which]).square().mean() / value.square().mean()
-            for node, value in wanted.items()
+            (value - self.teacher.values[node][which]).square().mean()
+            / self.teacher.values[node].square().mean()
+            for node, value in found.items()
         ]
         return torch.stack(errors).sum()
 
@@ -98,5 +98,6 @@ class Fit:
     def _trained(self) -> int:
         return self.student.windows - max(1, self.student.windows // 4)
 
-    def _copy(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+def _copy(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf.detach().clone() for name, leaf in leaves.items()}
