@@ -40,8 +40,8 @@ class Reconstruct(Pass):
     back, and the parameters stay as they were best on these, or as they are if nothing helped.
     Adam (Kingma and Ba 2015) takes `steps` steps a block of `batch` windows with learning rate
     `lr`, falling to zero; it looks at those held back eight times, and ends after `patience` looks
-    without a gain. Draws follow the recipe's seed. Memory is bounded by one block's states for `batch` windows, and by
-    the values between two blocks for all windows.
+    without a gain. Draws follow the recipe's seed. Memory is bounded by one block's states for
+    `batch` windows, and by the values between two blocks for all windows.
     """
 
     name = "reconstruct"
