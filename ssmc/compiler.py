@@ -169,14 +169,16 @@ def _given_batches(calibration: Any, example_inputs: Any) -> list[Inputs]:
 class Prepared:
     """A source rewritten and calibrated, in place: what is left is to quantise and to lower it.
 
-    `done` are the passes that ran, `report` is what they did. What `finish` makes of it depends on
-    this and on the passes of the quantise stage alone, so variants can branch off here.
+    `done` are the passes that ran, `report` is what they did, `reference` is the graph before the
+    first of them that may change the result. What `finish` makes of it depends on this and on the
+    passes of the quantise stage alone, so variants can branch off here.
     """
 
     source: Source
     context: Context
     done: list[Pass]
     report: Report
+    reference: Graph
 
 
 def prepare(source: Source, recipe: Recipe, hooks: Hooks) -> Prepared:
@@ -185,17 +187,23 @@ def prepare(source: Source, recipe: Recipe, hooks: Hooks) -> Prepared:
     BACKENDS[choose_backend(recipe.backend, device_of(source.graph))].load()  # fails now or never
     check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
+    exact: list[Graph] = []  # the graph before the first pass that may change the result
+
+    def on_start(p: Pass) -> None:
+        hooks.on_start(p)
+        if p.stage == "reconstruct" and not exact:
+            exact.append(source.graph.copy())
+
     done = [p for p in plan if p.stage != "quantise"]
-    report = run_passes(
-        source.graph, done, context, hooks.on_start, hooks.on_pass, hooks.crash_folder
-    )
-    return Prepared(source, context, done, report)
+    report = run_passes(source.graph, done, context, on_start, hooks.on_pass, hooks.crash_folder)
+    reference = exact[0] if exact else source.graph.copy()
+    return Prepared(source, context, done, report, reference)
 
 
 def finish(prepared: Prepared, recipe: Recipe, hooks: Hooks) -> CompiledModel:
     """Run what is left of the recipe's plan, and lower the result."""
     source, context, plan = prepared.source, prepared.context, recipe.plan()
-    reference = source.graph.copy()
+    reference = prepared.reference
     rest = run_passes(
         source.graph, plan[len(prepared.done) :], context, hooks.on_start, hooks.on_pass,
         hooks.crash_folder, prepared.done,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,12 +105,38 @@ class Graph:
         node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
         return node
 
-    def set_state_dtype(self, state: fx.Node, dtype: torch.dtype) -> None:
-        """Let the graph take `state`, one of its placeholders, in another dtype."""
-        state.meta["val"] = state.meta["val"].to(dtype)
-        self.states = tuple(
-            replace(spec, dtype=dtype) if spec.name == state.name else spec for spec in self.states
-        )
+    def set_state(self, state: fx.Node, value: torch.Tensor) -> None:
+        """Let the graph take `state`, one of its placeholders, in the shape and dtype of `value`.
+
+        The first dimension of `value` is the batch.
+        """
+        state.meta["val"] = value.to("meta")
+        spec = StateSpec(state.name, tuple(value.shape[1:]), value.dtype)
+        self.states = tuple(spec if s.name == state.name else s for s in self.states)
+
+    def add_state(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:
+        """A further state of the shape and dtype of `value`; calls keep it as it is until `carry`.
+
+        Its placeholder stands behind all others, with the owner and layer of `like`.
+        """
+        last = [n for n in self.nodes if n.op == "placeholder"][-1]
+        with self.module.graph.inserting_after(last):
+            state = self.module.graph.placeholder(name)
+        state.meta.update({k: like.meta[k] for k in ("owner", "layer") if k in like.meta})
+        self.states += (StateSpec(state.name, ()),)
+        self.set_state(state, value)
+        self._set_new_states((*self.new_states, state))
+        return state
+
+    def carry(self, state: fx.Node, new: fx.Node) -> None:
+        """Let `new` be what `state`, one of the placeholders, is after a call."""
+        names = [spec.name for spec in self.states]
+        at, states = names.index(state.name), list(self.new_states)
+        states[at] = new
+        self._set_new_states(tuple(states))
+
+    def _set_new_states(self, states: tuple[fx.Node, ...]) -> None:
+        self._output.args = ((self.result, states),)
 
     def _free_name(self, name: str) -> str:
         taken = {name for name, _ in self.module.named_buffers(remove_duplicate=False)}

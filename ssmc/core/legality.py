@@ -11,7 +11,9 @@ from ssmc.errors import PassError
 _QUANTISED = (
     "ssmc::quantize",
     "ssmc::quantize_dynamic",
+    "ssmc::quantize_state",
     "ssmc::dequantize",
+    "ssmc::dequantize_state",
     "ssmc::dequantize_groups",
 )
 

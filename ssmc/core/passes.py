@@ -35,7 +35,7 @@ from ssmc.core.graph import Graph
 from ssmc.core.pattern import Match, Pattern
 from ssmc.errors import SsmcError, UsageError, did_you_mean
 
-Stage = Literal["analyse", "rewrite", "calibrate", "quantise"]
+Stage = Literal["analyse", "rewrite", "reconstruct", "calibrate", "quantise"]
 STAGES: tuple[str, ...] = typing.get_args(Stage)
 GROUP = "ssmc.passes"
 

@@ -33,7 +33,7 @@ def _conv1d(g: Graph, m: Match) -> fx.Node | None:
     if m.state is not None and m.state.op != "placeholder":
         return g.skip(m.node, "its state is computed in the graph, so it may not be int8")
     if m.state is not None:
-        g.set_state_dtype(m.state, torch.int8)
+        g.set_state(m.state, m.state.meta["val"].to(torch.int8))
     activation = operands(m.node)["activation"]
     args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.bias, m.state, activation)
     return g.call("ssmc::int8_causal_conv1d", *args, like=m.node)

@@ -28,6 +28,7 @@ from ssmc.ops.norm import rms_norm, rms_norm_gated
 from ssmc.ops.quantize import dequantize, dequantize_groups, quantize, quantize_dynamic
 from ssmc.ops.selective_scan import selective_scan
 from ssmc.ops.ssd_scan import ssd_scan
+from ssmc.ops.state import dequantize_state, quantize_state
 from ssmc.ops.steps import (
     in_proj_conv_step,
     norm_linear_step,
@@ -40,6 +41,7 @@ __all__ = [
     "causal_conv1d",
     "dequantize",
     "dequantize_groups",
+    "dequantize_state",
     "embedding",
     "gated_norm_quantize",
     "hadamard",
@@ -61,6 +63,7 @@ __all__ = [
     "norm_linear_step",
     "quantize",
     "quantize_dynamic",
+    "quantize_state",
     "rms_norm",
     "rms_norm_gated",
     "rms_norm_quantize",

@@ -72,7 +72,8 @@ def _butterfly(x: Tensor) -> Tensor:
     """Sylvester's matrix times dimension 1 of x [m, 2^k, R], in place: Walsh-Hadamard transform."""
     half = 1
     while half < x.shape[1]:
-        upper, lower = x.unflatten(1, (-1, 2, half)).unbind(2)
+        pairs = x.unflatten(1, (-1, 2, half))
+        upper, lower = pairs.select(2, 0), pairs.select(2, 1)  # unbind's views have no gradient
         difference = upper - lower
         upper.add_(lower)
         lower.copy_(difference)

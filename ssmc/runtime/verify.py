@@ -21,7 +21,7 @@ from ssmc.lowering.rewriter import VIEWS, call_behind
 from ssmc.quant.formats import quantize_tensor
 from ssmc.runtime.model import CompiledModel
 
-QUANTIZE = ("ssmc::quantize", "ssmc::quantize_dynamic")
+QUANTIZE = ("ssmc::quantize", "ssmc::quantize_dynamic", "ssmc::quantize_state")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Trials:
         self.own = quantise_of(self.rest).overrides
         self.windows = windows.to(device_of(self.graph))
         self.count = 0
-        self._expected = [self._predict(self.graph, window) for window in self.windows]
+        self._expected = [self._predict(prepared.reference, window) for window in self.windows]
         self._known: dict[tuple[str, ...], Score] = {}
 
     def label(self) -> str:

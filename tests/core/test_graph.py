@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ssmc.core.graph import Graph, check_finite
+from ssmc.core.state import StateSpec
 from ssmc.errors import NumericsError, PassError
 from ssmc.frontend import trace
 
@@ -202,6 +203,24 @@ def test_states_are_taken_and_given() -> None:
     assert error(torch.cat([first, second], 1), whole) < 1e-5
     assert list(states) == [s.name for s in g.states]
     assert all(error(states[name], last[name]) < 1e-5 for name in states)
+
+
+def test_a_further_state_is_kept_until_another_value_is_carried() -> None:
+    g = graph("mamba")
+    ids = context().probe[0]  # type: ignore[index]
+    count = g.add_state("count", torch.zeros(1, 3, dtype=torch.int32), g.node("l0_ssm"))
+    assert g.states[-1] == StateSpec("count", (3,), torch.int32)
+    assert (count.meta["layer"], g.new_states[-1]) == (0, count)
+    g.finish()
+    assert torch.equal(g(ids)[1]["count"], torch.zeros(len(ids), 3, dtype=torch.int32))
+    with g.after(count):
+        g.carry(count, g.call("add", count, 1, like=count))
+    g.finish()
+    states = g(ids, states=g(ids)[1])[1]
+    assert torch.equal(states["count"], torch.full((len(ids), 3), 2, dtype=torch.int32))
+    assert list(states) == [spec.name for spec in g.states]
+    g.set_state(g.node("l0_ssm"), torch.zeros(9, 4, dtype=torch.int8))
+    assert StateSpec("l0_ssm", (4,), torch.int8) in g.states
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -41,7 +41,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no pass": (lambda: frozen(type("Mine", (), {})), "derived from ssmc.Pass"),
     "no name": (lambda: frozen(_class(name="")), "needs a name and a stage"),
     "no stage": (lambda: frozen(_class(stage=None)), "needs a name and a stage"),
-    "wrong stage": (lambda: frozen(_class(stage="rewite")), "out of analyse, rewrite, calibrate"),
+    "wrong stage": (
+        lambda: frozen(_class(stage="rewite")),
+        "out of analyse, rewrite, reconstruct, calibrate",
+    ),
     "no docstring": (lambda: frozen(_class(__doc__=None)), "needs a docstring"),
     "needs is a string": (lambda: frozen(_class(needs="hadamard")), "`needs` is a tuple of names"),
     "after is a string": (lambda: frozen(_class(after=("hadamard"))), "`after` is a tuple of"),

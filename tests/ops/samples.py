@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmc.ops import quantize_dynamic
+from ssmc.ops import quantize_dynamic, quantize_state
 from ssmc.quant.formats import quantize_weight
 from ssmc.quant.weights import quantize_groups
 
@@ -45,6 +45,7 @@ def samples() -> list[tuple[str, Sample]]:
         ("quantize_dynamic", (x,)),
         ("dequantize", (_int8(2, 5, 12), scale)),
         *_scans(),
+        *_states(),
         *_int8_samples(x, weight, bias, taps),
         *_int4_samples(x, weight, bias),
         *_fused_samples(x, weight, bias, gamma, scale),
@@ -63,6 +64,19 @@ def _scans() -> list[tuple[str, Sample]]:
         ("selective_scan", (u, dt, A, B, C, D, z, D, torch.randn(2, 6, 3), True, True)),
         ("ssd_scan", (x, steps, decay, B2, C2)),
         ("ssd_scan", (x, steps, decay, B2, C2, decay, decay, state, 0.1, 1.0, True)),
+    ]
+
+
+def _states() -> list[tuple[str, Sample]]:
+    h, count = torch.randn(2, 4, 3, 8), torch.tensor([[3], [4]], dtype=torch.int32)
+    pair = quantize_state(h, 4, "decoupled", 8)
+    return [
+        ("quantize_state", (h, 4, "decoupled", 8, count, 7)),
+        ("quantize_state", (h[:, 0, :, 1:], 4, "tensor", 8)),
+        ("quantize_state", (h[:, 0], 6, "group", 4)),
+        ("dequantize_state", (*pair, "decoupled")),
+        ("dequantize_state", (*quantize_state(h, 8, "group", 4), "group")),
+        ("dequantize_state", (*quantize_state(h[:, 0], 8, "tensor", 4), "tensor")),
     ]
 
 

@@ -36,6 +36,14 @@ def test_rotating_input_and_weight_leaves_a_linear_layer_unchanged(block: int) -
     assert relative_error(rotated, x.double() @ weight.double().T) < 2e-6
 
 
+@pytest.mark.parametrize("block", [8, 12, 24])
+def test_its_gradient_is_the_transposed_product(block: int) -> None:
+    x, weight = torch.randn(3, 24, requires_grad=True), torch.randn(3, 24)
+    (gradient,) = torch.autograd.grad(hadamard(x, block), x, weight)
+    runs = weight.double().unflatten(1, (-1, block)) @ hadamard_matrix(block).double()
+    assert relative_error(gradient, runs.flatten(1) / block**0.5) < 1e-6
+
+
 def test_spreads_an_outlier_evenly() -> None:
     x = torch.zeros(768)
     x[5] = 1000.0

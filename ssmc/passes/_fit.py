@@ -1,0 +1,103 @@
+"""Fitting a block that is run in one way to what it gives in another, by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssmc.passes._blocks import Block, Call, Params, Stream
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: see the options of `reconstruct`."""
+
+    steps: int
+    lr: float
+    batch: int
+    patience: int
+
+    @property
+    def looks(self) -> int:
+        """Steps between two looks at the windows held back."""
+        return max(1, self.steps // 8)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A block, its inputs in `student`, and what it is to give in `teacher`.
+
+    `call(number)` says how calls are computed in step `number`. `masks` are of the parameters that
+    are trained, by name: 0 where an element stays. The last quarter of the windows is held back.
+    """
+
+    block: Block
+    params: Params
+    masks: Params
+    student: Stream
+    teacher: Stream
+    call: Callable[[int], Call]
+
+    def run(
+        self, schedule: Schedule, draw: torch.Generator, progress: Callable[[int], None]
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """The best parameters, and the error on the windows held back before and after."""
+        leaves = {name: self.params[name].clone().requires_grad_() for name in self.masks}
+        adam = torch.optim.Adam(leaves.values(), lr=schedule.lr)
+        best, before = _copy(leaves), self._held_back(leaves, schedule.batch)
+        least, worse = before, 0
+        for step in range(1, schedule.steps + 1):
+            adam.param_groups[0]["lr"] = schedule.lr * (1 - (step - 1) / schedule.steps)
+            which = torch.randint(self._trained(), (schedule.batch,), generator=draw)
+            self._step(adam, leaves, which, step)
+            progress(step)
+            if step % schedule.looks:
+                continue
+            error = self._held_back(leaves, schedule.batch)
+            worse = 0 if error < least else worse + 1
+            if worse == 0:
+                best, least = _copy(leaves), error
+            if worse == schedule.patience:
+                break
+        return best, before, least
+
+    def _step(
+        self, adam: torch.optim.Optimizer, leaves: dict[str, Tensor], which: Tensor, number: int
+    ) -> None:
+        adam.zero_grad()
+        with torch.enable_grad():
+            self._error(leaves, which, number).backward()
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                leaf.grad *= self.masks[name]
+        adam.step()
+
+    def _error(self, leaves: Params, which: Tensor | slice, number: int) -> Tensor:
+        """The mean squared error of the outputs, each relative to its mean square."""
+        given = self.student.given(which)
+        found = self.block.run(given, {**self.params, **leaves}, self.call(number))
+        errors = [
+            (value - self.teacher.values[node][which]).square().mean()
+            / self.teacher.values[node].square().mean()
+            for node, value in found.items()
+        ]
+        return torch.stack(errors).sum()
+
+    def _held_back(self, leaves: Params, batch: int) -> float:
+        with torch.no_grad():
+            errors = [self._error(leaves, part, 0).item() for part in self._parts(batch)]
+        return sum(errors) / len(errors)
+
+    def _parts(self, batch: int) -> Iterator[slice]:
+        for start in range(self._trained(), self.student.windows, batch):
+            yield slice(start, start + batch)
+
+    def _trained(self) -> int:
+        return self.student.windows - max(1, self.student.windows // 4)
+
+
+def _copy(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf.detach().clone() for name, leaf in leaves.items()}
