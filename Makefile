@@ -4,11 +4,13 @@
 # make test-gpu  the tests of kernels and of whole models on a CUDA device
 # make clean  remove the environment and what was built
 #
-# PYTHON chooses the interpreter (3.11 or 3.12), VENV the environment, PYTEST_ARGS what pytest runs.
+# PYTHON chooses the interpreter (3.11 or 3.12), VENV the environment, PYTEST_ARGS what pytest runs,
+# TEST_WORKERS in how many processes.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -56,8 +58,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A thread for each worker: the tests are many and small.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 # Of kernels and of whole models: what a GPU decides. PYTHON itself runs them, with the torch and
 # the Triton it has, since a machine with a GPU seldom has what constraints.txt pins.

@@ -54,7 +54,11 @@ def test_grammar(text: str, expected: list[str]) -> None:
         ("hadamard{block=big}", "pass 'hadamard', option 'block': .* (got 'big')", None),
         ("hadamard{block=8.5}", "pass 'hadamard', option 'block': .* (got '8.5')", None),
         ("hadamard{residual=maybe}", "pass 'hadamard', option 'residual': .*'maybe'", None),
-        ("quantise{granularity=row}", "option 'granularity': .*'free', 'tensor' or 'token'.*'row'", None),
+        (
+            "quantise{granularity=row}",
+            "option 'granularity': .*'free', 'tensor' or 'token'.*'row'",
+            None,
+        ),
         ("smooth{alpha=1.5}", "alpha=1.5.* between 0 and 1", None),
         ("smooth{alpha=nan}", "alpha=nan.* between 0 and 1", None),
         ("percentile{p=0}", "p must be above 0", None),
