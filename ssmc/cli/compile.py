@@ -190,18 +190,18 @@ class _Job:
         return compiled
 
     def _windows(self, source: Source) -> Any:
-        from ssmc.tuning.trials import held_out_windows, quantise_of
-
         if self.auto is None:
             return None
+        from ssmc.tuning.trials import held_out_windows, quantise_of
+
         quantise_of(self.recipe.plan())
         return held_out_windows(source, self.recipe, self.auto.text, self.auto.windows)
 
     def _choose(self, prepared: Prepared, windows: Any) -> tuple[Recipe, dict[str, Any]]:
-        from ssmc.cli import auto
-
         if self.auto is None:
             return self.recipe, {}
+        from ssmc.cli import auto
+
         recipe, found = auto.choose_bits(self.auto, prepared, self.recipe, windows)
         if not self.as_json:
             auto.say(self.auto, found, prepared.source.graph)

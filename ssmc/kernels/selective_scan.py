@@ -8,8 +8,6 @@ sequential.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,8 @@ from torch.nn import functional
 from ssmc.errors import UsageError
 from ssmc.kernels import selective_scan_warps
 from ssmc.kernels.arithmetic import LOG2E, parameter, silu, softplus
-from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.launch import await_inputs, can_chain, launch
+from ssmc.kernels.tiles import processors
 
 _TOKENS = 32  # positions a program makes B and C of
 _FLAGS = 256  # set to zero at a time
@@ -246,7 +245,7 @@ def int8_selective_scan(
     u_q, dt_q, B_q, C_q = (_channels_adjoin(x) for x in (u_q, dt_q, B_q, C_q))
     z_q = None if z_q is None else _channels_adjoin(z_q)
     by_lanes = None
-    if block_d is None and not INTERPRETED and _is_hopper(device):
+    if block_d is None and can_chain(device):
         by_lanes = selective_scan_warps.constants(
             states, lanes or _lanes(batch * width), num_warps or 4, block_t or 16
         )
@@ -305,7 +304,7 @@ def int8_selective_scan(
         )
     else:
         total = batch * blocks * tiles
-        share = selective_scan_warps.share(batch * blocks, tiles, _multiprocessors(device))
+        share = selective_scan_warps.share(batch * blocks, tiles, processors(device))
         launch(
             selective_scan_warps.scan_kernel,
             (triton.cdiv(total, share),),
@@ -338,13 +337,3 @@ def _copyable(x: Tensor) -> Tensor:
 def _strides(*operands: Tensor) -> tuple[int, ...]:
     """From sequence to sequence and from position to position, of each operand [B, L, C]."""
     return tuple(stride for x in operands for stride in x.stride()[:2])
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
