@@ -45,6 +45,20 @@ class Target:
             )
         return self.tokenizer, self.eos
 
+    def encode(self, prompt: str, what: str = "the prompt") -> torch.Tensor:
+        """The tokens [length] of a prompt; UsageError, which calls it `what`, where it has none."""
+        import torch
+
+        from ssmc.corpus import is_text
+        from ssmc.errors import UsageError
+
+        if not is_text(prompt):
+            raise UsageError(f"{what} is not UTF-8 text", hint="check how it is encoded")
+        ids = self.encoder()[0].encode(prompt, add_special_tokens=False).ids
+        if not ids:
+            raise UsageError(f"{what} is empty", hint="give some text to go on from")
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
     def windows(self, text: Path, length: int, limit: int | None) -> torch.Tensor:
         """Windows of tokens [n, length] of a text file, on the device of what runs."""
         from ssmc.corpus import read_texts, token_windows

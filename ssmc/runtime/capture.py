@@ -80,7 +80,7 @@ class Recording:
 def advance(program: Graph, ids: Tensor, states: States) -> Tensor:
     """Logits [batch, vocabulary] behind `ids` [batch, length]; `states` are overwritten."""
     logits, new = program(ids, states=states)
-    _overwrite(states, new)
+    overwrite(states, new)
     return logits[:, -1]
 
 
@@ -90,7 +90,7 @@ def clear(states: States) -> None:
         torch._foreach_zero_([states[n] for n in names])
 
 
-def _overwrite(states: States, new: States) -> None:
+def overwrite(states: States, new: States) -> None:
     """Copy into its buffer each new state that no kernel has written there already."""
     for names in _by_dtype(states):
         moved = [n for n in names if new[n].data_ptr() != states[n].data_ptr()]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ssmc.core import Graph
+from ssmc.core import Graph, States
 from ssmc.core.state import fresh_states
 from ssmc.device import running_on
 from ssmc.errors import UsageError
 from ssmc.lowering import Form
-from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear
+from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear, overwrite
 
 LARGEST_PIECE = 2048  # tokens: they fill a GPU, and bound the memory that a prompt takes
 SMALLEST_PIECE = 16  # fewer tokens run one by one, which costs less than recordings of their own
@@ -43,6 +43,7 @@ class Session:
         self._programs = programs
         self._captured: set[Form] = {"last", "step"} if capture else set()
         self._recordings: dict[int, Recording] = {}
+        self._single: Session | None = None
         with running_on(device):
             self.states = fresh_states(programs("step").states, batch, device)
             self._recorder = Recorder(self.states, device) if capture else None
@@ -58,6 +59,33 @@ class Session:
             for piece in ids.to(self.device).split(self._cut(ids.shape[1]), 1):
                 logits = self._advance(piece)
         return logits
+
+    def prefill_each(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Logits [batch, vocabulary] behind prompts [length] of any lengths, one a sequence.
+
+        What pads a prompt would change its states, so each runs by itself, in a session of one
+        sequence (one set of recordings serves all), and its states come back into its row.
+        """
+        if len(prompts) != self.batch:
+            raise UsageError(
+                f"{len(prompts)} prompts in a session of {self.batch} sequences",
+                hint="give one for each sequence",
+            )
+        single = self._single = self._single or self._alone()
+        logits = []
+        for row, ids in enumerate(prompts):
+            states = self._row(row)
+            overwrite(single.states, states)
+            logits.append(single.prefill(ids[None]).clone())
+            overwrite(states, single.states)
+        return torch.cat(logits)
+
+    def _alone(self) -> Session:
+        capture, piece = self._recorder is not None, self.prefill_piece
+        return Session(self._programs, 1, self.device, capture=capture, prefill_piece=piece)
+
+    def _row(self, row: int) -> States:
+        return {name: state[row : row + 1] for name, state in self.states.items()}
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] behind one more token a sequence, `ids` [batch, 1]."""

@@ -14,7 +14,7 @@ from ssmc.core import Graph
 from ssmc.evaluate import perplexity
 from ssmc.lowering import Form
 from ssmc.runtime import CompiledModel, Session
-from ssmc.runtime.generate import generate
+from ssmc.runtime.arguments import generate
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (37, 1, 1, 16, 1, 300)
@@ -62,6 +62,17 @@ def test_recorded_calls_are_the_calls(compiled: CompiledModel, batch: int) -> No
             for name, state in expected.states.items():
                 assert torch.equal(session.states[name], state)
     assert sorted(session._recordings) == [1, 16, 32, 256]
+
+
+def test_prompts_of_any_lengths_are_what_they_are_alone(compiled: CompiledModel) -> None:
+    session = compiled.session(3)
+    prompts = [tokens(compiled, length) for length in (37, 300, 1)]
+    logits = session.prefill_each(prompts)
+    for row, ids in enumerate(prompts):
+        alone = compiled.session()
+        assert torch.equal(logits[row : row + 1], alone.prefill(ids[None]))
+        for name, state in alone.states.items():
+            assert torch.equal(session.states[name][row : row + 1], state)
 
 
 def test_agrees_with_the_cpu(compiled: CompiledModel, on_cpu: CompiledModel) -> None:
