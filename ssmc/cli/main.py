@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ssmc import __version__
-from ssmc.cli import bench, doctor, generate, inspect, passes, recipes, sensitivity, verify
+from ssmc.cli import bench, chat, doctor, generate, inspect, passes, recipes, sensitivity, verify
 from ssmc.cli import compile as compile_command
 from ssmc.cli import eval as eval_command
 from ssmc.cli.output import fail
@@ -34,6 +34,7 @@ app.command("inspect")(inspect.run)
 app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
 app.command("generate")(generate.run)
+app.command("chat")(chat.run)
 app.command("verify")(verify.run)
 app.command("bench")(bench.run)
 app.command("doctor")(doctor.run)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from ssmc.runtime import CompiledModel
+    from ssmc.runtime import CompiledModel, Session
 
 
 def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -33,6 +33,7 @@ class Target:
     eos: int | None
     device: torch.device
     compiled: CompiledModel | None = None
+    chat: dict[str, Any] | None = None
 
     def encoder(self) -> tuple[Tokenizer, int]:
         """The tokenizer and the token that separates texts; UsageError where it has none."""
@@ -59,6 +60,14 @@ class Target:
             raise UsageError(f"{what} is empty", hint="give some text to go on from")
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
 
+    def session(self) -> Session:
+        """One fresh sequence."""
+        from ssmc.runtime import Session
+
+        if self.compiled is not None:
+            return self.compiled.session()
+        return Session(lambda form: self.run, 1, self.device)
+
     def windows(self, text: Path, length: int, limit: int | None) -> torch.Tensor:
         """Windows of tokens [n, length] of a text file, on the device of what runs."""
         from ssmc.corpus import read_texts, token_windows
@@ -84,8 +93,8 @@ def open_target(name: str, backend: str = "auto", device: str = "auto") -> Targe
 
     if (Path(name) / GRAPH).is_file() or is_artefact(name):
         compiled = load(name, backend, device)
-        run_on = compiled.device
-        return Target(name, compiled, compiled.tokenizer, compiled.eos, run_on, compiled)
+        run_on, chat = compiled.device, compiled.about.get("chat")
+        return Target(name, compiled, compiled.tokenizer, compiled.eos, run_on, compiled, chat)
     return open_model(name, device)
 
 
@@ -93,10 +102,12 @@ def open_model(name: str, device: str = "auto") -> Target:
     """The float model called `name`, traced, on a device."""
     from ssmc.device import find_device, move
     from ssmc.frontend import load_model, trace
+    from ssmc.runtime.template import read_chat_template
 
     found = find_device(device)
     note(f"loading {name}")
     model = load_model(name)
     graph = trace(model.module)
     move(graph, found)
-    return Target(name, graph, model.tokenizer, model.eos_token_id, found)
+    chat = read_chat_template(model.folder)
+    return Target(name, graph, model.tokenizer, model.eos_token_id, found, chat=chat)
