@@ -159,6 +159,22 @@ def test_answers_that_end_by_themselves(model: Model, graph: Graph) -> None:
     assert text.startswith(expected)
 
 
+def test_white_space_that_a_template_takes_away_stays_in_the_states(
+    model: Model, graph: Graph
+) -> None:
+    template = ChatTemplate(
+        PLAIN.template.replace("{{ message.content +", "{{ message.content|trim +")
+    )
+    assert "|trim" in template.template
+    sequences, chat = talk(model, graph, template)
+    answers = ["".join(chat.say(question)) for question in QUESTIONS]
+    assert any(answer != answer.strip() for answer in answers[:2])
+    assert sequences.resets == 0
+    text = model.tokenizer.decode(chat.tokens)  # type: ignore[union-attr]
+    for question, answer in zip(QUESTIONS, answers[:2], strict=False):
+        assert f"User: {question}\nAssistant:{answer}" in text
+
+
 def test_the_end_token_is_the_templates_own(model: Model, graph: Graph) -> None:
     _, chat = talk(model, graph, PLAIN, sampling=Sampling())
     list(chat.say(QUESTIONS[0]))
