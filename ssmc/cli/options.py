@@ -17,7 +17,7 @@ Tokens = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above it, tokens are drawn.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest only.")]
 TopP = Annotated[float, typer.Option(help="Draw from the fewest that are this likely together.")]
-MinP = Annotated[float, typer.Option(help="Draw from those this likely, of the likeliest's share.")]
+MinP = Annotated[float, typer.Option(help="Drop those less likely than this times the likeliest.")]
 Penalty = Annotated[
     float, typer.Option("--repetition-penalty", help="Above 1: what is there is less likely.")
 ]
