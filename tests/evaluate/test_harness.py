@@ -13,7 +13,7 @@ from ssmc.corpus import read_texts
 from ssmc.demo import evaluation_file, model_folder
 from ssmc.errors import UsageError
 from ssmc.evaluate.embedded import passages, questions
-from ssmc.runtime.generate import generate
+from ssmc.runtime.generate import stream
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: make test-eval")
 
@@ -125,10 +125,10 @@ def test_simulated_and_lowered_score_alike(demo_folder: Path, pairs: Pairs) -> N
 def test_prompts_run_to_a_stop_string_each(demo: Target) -> None:
     rows = [(p, STOP) for p in ("Jesus said to", "Moses said to", "In the beginning")]
     ours = harness(demo, batch=4).generate_until(requests("generate_until", rows))
-    tokenizer, eos = demo.encoder()
+    tokenizer, _ = demo.encoder()
     for (prompt, _), text in zip(rows, ours, strict=True):
-        ids = tokenizer.encode(prompt).ids
-        whole = generate(demo.run, torch.tensor([ids]), 12, eos=eos)[0, len(ids) :].tolist()
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        whole = [int(token) for token in stream(demo.run, ids, 12)]
         expected = tokenizer.decode(whole, skip_special_tokens=False)
         for stop in (*STOP["until"], "<|endoftext|>"):
             expected = expected.split(stop)[0]
