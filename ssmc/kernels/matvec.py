@@ -6,7 +6,7 @@ it makes the int8 row itself, as all programs do: that takes about as long as on
 """
 
 # Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
-# ruff: noqa: RUF005, SIM108
+# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ssmc.kernels.matvec_tiles import (
     quantized,
 )
 from ssmc.kernels.norm import rms_norm_quantize
-from ssmc.kernels.pieces import load_pieces
+from ssmc.kernels.pieces import absmax_of, largest_of, load_pieces
 
 MAX_ROWS = 8
 """Most rows that one kernel serves: each is a pass of its own over the weight in registers."""
@@ -98,7 +98,7 @@ def matvec(
     parts = parts_of(width, max(128, piece, group))
     held = sum(parts) if group == 0 else sum(parts) // 2
     block_n = block_n or _block_n(n, held)
-    warps = num_warps or (8 if block_n * held > TILE_BYTES else 4)
+    warps = num_warps or (8 if block_n * held > TILE_BYTES else min(4, block_n))
     columns = min(128, min(parts) // (8 if group else 4))
     # Two programs of eight warps have 128 registers a thread.
     registers = maxnreg or (128 if warps == 8 else None)
@@ -106,8 +106,12 @@ def matvec(
 
 
 def _block_n(n: int, row_bytes: int) -> int:
-    """The largest power of two of rows that leaves enough programs and enough registers."""
-    block_n = 1
+    """The largest power of two of rows that leaves enough programs and enough registers.
+
+    At least two: each is a warp's own, so that its sum takes no barrier, and of a weight with few
+    rows, which is multiplied while the memory brings larger ones, little is left to wait for.
+    """
+    block_n = 2
     while 2 * block_n * row_bytes <= TILE_BYTES and n >= 2 * block_n * PROGRAMS:
         block_n *= 2
     return block_n
@@ -163,19 +167,32 @@ def load_bias(bias, n):
 
 
 @triton.jit
+def _sum_and_largest(sum_a, largest_a, sum_b, largest_b):  # noqa: ANN202
+    return sum_a + sum_b, tl.maximum(largest_a, largest_b)
+
+
+@triton.jit
 def normed(x, weights, eps, K: tl.constexpr):
-    """`rms_norm` of a row in pieces; `weights` are those of the norm, if any."""
+    """`rms_norm` of a row in pieces, and its largest magnitude.
+
+    `weights` are those of the norm, if any. Without them the largest magnitude is the row's times a
+    factor, as rounding keeps the order: threads then meet once for both.
+    """
     squares = x[0] * x[0]
     for i in tl.static_range(1, len(x)):
         squares += x[i] * x[i]
-    inverse = inverse_rms(tl.sum(squares), K, eps)
     y = ()
-    for i in tl.static_range(len(x)):
-        if len(weights) == 0:
+    if len(weights) == 0:
+        total, largest = tl.reduce((squares, largest_of(x)), 0, _sum_and_largest)
+        inverse = inverse_rms(total, K, eps)
+        for i in tl.static_range(len(x)):
             y = y + (x[i] * inverse,)
-        else:
+        return y, largest * inverse
+    else:
+        inverse = inverse_rms(tl.sum(squares), K, eps)
+        for i in tl.static_range(len(x)):
             y = y + (x[i] * inverse * weights[i],)
-    return y
+        return y, absmax_of(y)
 
 
 @triton.jit
@@ -253,7 +270,8 @@ def _norm_kernel(  # noqa: ANN202
     await_inputs(CHAIN)
     for row in range(rows):
         pieces = load_pieces(x + row * x_stride, K, PIECE)
-        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        pieces, largest = normed(pieces, norm_weights, eps, K)
+        words, scale = quantized(pieces, largest, PARTS)
         y = product(weight, scales, words, scale, GROUP) + b
         tl.store(out + row * N + n, y, mask=n < N)
 

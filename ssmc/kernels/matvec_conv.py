@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
-from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
+from ssmc.kernels.launch import await_inputs, launch, row_view
 from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
 from ssmc.kernels.matvec_tiles import product, quantized
 from ssmc.kernels.pieces import load_pieces
@@ -125,13 +125,15 @@ def _in_proj_kernel(  # noqa: ANN202
     taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
     channel_scale = tl.load(u_scale + c, mask=inside & (c < U), other=1.0)
     weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
-    let_next_load(CHAIN)
+    # The kernels behind are not let in before: of a large weight some programs wait for room in the
+    # registers, and what those kernels load would be asked for before the rest of it.
     await_inputs(CHAIN)
     for row in range(rows):
         row_state = state + row * ((TAPS - 1) * C)
         pieces = load_pieces(x + row * x_stride, K, PIECE)
         history = _load_history(row_state, c, inside, C, TAPS)
-        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        pieces, largest = normed(pieces, norm_weights, eps, K)
+        words, scale = quantized(pieces, largest, PARTS)
         result = product(weight, scales, words, scale, GROUP) + b
         result = to_int8(result, inverse_of(q_scale))
         tl.store(q + row * N + n, result, mask=n < N)

@@ -19,7 +19,7 @@ import triton.language as tl
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, scale_for, times_scale, to_int8_within
 from ssmc.kernels.launch import INTERPRETED
-from ssmc.kernels.pieces import absmax_of, stack
+from ssmc.kernels.pieces import stack
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _EIGHTS = tl.constexpr(-0x07070708)  # four bytes of -8
@@ -197,13 +197,13 @@ def load_words(base, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def quantized(pieces, PARTS: tl.constexpr):
+def quantized(pieces, largest, PARTS: tl.constexpr):
     """`quantize_dynamic` of a float row in pieces of one width: (its words in parts, its scale).
 
-    Every part is a multiple of the pieces' width.
+    `largest` is the row's largest magnitude. Every part is a multiple of the pieces' width.
     """
     width: tl.constexpr = pieces[0].shape[0]
-    scale = scale_for(absmax_of(pieces))
+    scale = scale_for(largest)
     inverse = inverse_of(scale)
     in_pieces = ()
     for i in tl.static_range(len(pieces)):

@@ -52,12 +52,18 @@ def store_pieces(start, pieces, N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def absmax_of(pieces):
-    """The largest magnitude of a row."""
+def largest_of(pieces):
+    """The largest magnitude at each place of the pieces."""
     largest = tl.abs(pieces[0])
     for i in tl.static_range(1, len(pieces)):
         largest = tl.maximum(largest, tl.abs(pieces[i]))
-    return tl.max(largest)
+    return largest
+
+
+@triton.jit
+def absmax_of(pieces):
+    """The largest magnitude of a row."""
+    return tl.max(largest_of(pieces))
 
 
 @triton.jit

@@ -43,7 +43,11 @@ def close(got: Tensor, expected: Tensor, error: float = 2e-6) -> bool:
 
 
 def run(
-    kernel: Callable[..., Any], device: torch.device, *args: Any, block_n: int = 16, **config: Any
+    kernel: Callable[..., Any],
+    device: torch.device,
+    *args: Any,
+    block_n: int | None = 16,
+    **config: Any,
 ) -> Any:
     """The kernel's results, back on the CPU; few programs, each of which the interpreter runs."""
     config["block_n"] = block_n
@@ -79,6 +83,16 @@ def test_int8_linear_has_the_operators_bits(
         w_scale, x_scale = w_scale.amax(), x_scale.amax()
     args = (x_q, x_scale, w_q, w_scale, bias)
     assert torch.equal(run(int8_linear, device, *args), ops.int8_linear(*args))
+
+
+def test_a_weight_of_few_rows_has_a_warp_for_each(device: torch.device) -> None:
+    x_q, x_scale = ops.quantize_dynamic(torch.randn(1, 1, 320))
+    w_q, w_scale = weight(5, 320)
+    how = matvec(w_q, w_scale, rows=1)
+    assert how is not None
+    assert (how.block_n, how.warps) == (2, 2)
+    args = (x_q, x_scale, w_q, w_scale, None)
+    assert torch.equal(run(int8_linear, device, *args, block_n=None), ops.int8_linear(*args))
 
 
 def test_int8_linear_of_a_view(device: torch.device) -> None:

@@ -143,7 +143,7 @@ CASES: tuple[Case, ...] = (
     _norm("head 2.8b", 50280, 2560, _WIDE),
     _norm("head 2.8b", 50280, 2560, (), bits=4),
     _norm("head 130m", 50280, 768, _configs((32, 4), (64, 4))),
-    _linear("x_proj 2.8b", 192, 5120, _configs((1, 4), (2, 4))),
+    _linear("x_proj 2.8b", 192, 5120, _configs((1, 1), (2, 4), (4, 4))),
     _linear("x_proj 2.8b", 192, 5120, (), bits=4),
     _linear("x_proj 2.8b", 192, 5120, (), rows=4),
 )
