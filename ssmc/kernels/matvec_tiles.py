@@ -140,6 +140,24 @@ def load_group_scales(
 
 
 @triton.jit
+def load_bias(bias, n):
+    """The bias of rows n, or zero where there is none."""
+    if bias is None:
+        return 0.0
+    else:
+        return tl.load(bias + n)
+
+
+@triton.jit
+def load_residual(residual, residual_stride, row, n):
+    """What is added to the products of rows n, or zero where there is nothing."""
+    if residual is None:
+        return 0.0
+    else:
+        return tl.load(residual + row * residual_stride + n)
+
+
+@triton.jit
 def joined(pieces, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """pieces[FIRST], ..., COUNT of them a power of two, zeros if missing: [n, COUNT]."""
     chosen = ()
