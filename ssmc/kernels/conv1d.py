@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssmc.kernels.arithmetic import inverse_of, scale_for, silu, to_int8, to_int8_within
 from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.tiles import processors
 from ssmc.ops.conv import ACTIVATIONS, activate, check_conv
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -334,11 +335,12 @@ def _run(
     number, size = groups[0].shape[2:] if groups else (0, 1)
     width = channels - 2 * number * size
     block_c = tiling.block_c or min(256, triton.next_power_of_2(width))
-    # A large tile loads fewer inputs twice; a small one fills the device with short prompts.
-    positions = min(tiling.positions or 16, triton.next_power_of_2(length))
+    blocks = triton.cdiv(width, block_c) + 2 * number
+    positions = tiling.positions or _positions(blocks * batch, length, processors(x_q.device))
+    positions = min(positions, triton.next_power_of_2(length))
     launch(
         _kernel,
-        (triton.cdiv(width, block_c) + 2 * number, triton.cdiv(length, positions), batch),
+        (blocks, triton.cdiv(length, positions), batch),
         x_q,
         x_q.stride(0),
         x_q.stride(1),
@@ -370,6 +372,17 @@ def _run(
         num_warps=tiling.num_warps or max(1, block_c // 128),
     )
     return new_state
+
+
+def _positions(blocks: int, length: int, count: int) -> int:
+    """Positions a program: as many as leave each of `count` processors 16 programs, 4 to 16.
+
+    Many load fewer inputs twice; with few a short prompt is done sooner.
+    """
+    positions = 16
+    while positions > 4 and blocks * triton.cdiv(length, positions) < 16 * count:
+        positions //= 2
+    return positions
 
 
 def _step(scale: Tensor) -> int:

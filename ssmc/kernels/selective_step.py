@@ -1,4 +1,7 @@
-"""One step of Mamba's mixer between x_proj and out_proj: dt_proj, state update and gate."""
+"""One step of Mamba's mixer between x_proj and out_proj: dt_proj, state update and gate.
+
+The kernel here is for few sequences, and for a weight of 4 bits.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ssmc.kernels.arithmetic import (
 )
 from ssmc.kernels.launch import await_inputs, launch, let_next_load
 from ssmc.kernels.prefetch import prefetch
-from ssmc.kernels.selective_steps import DEEPEST, run_steps
+from ssmc.kernels.selective_steps import DEEPEST, FEWEST, run_steps
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def _quantised(x, mask):  # noqa: ANN202
 
 @triton.jit
 def _products(x, w):  # noqa: ANN202
-    """int32 [S, D] of int8 x [S, K] and w [D, K]."""
+    """int32 [S, D] of int8 x [S, K] and w [D, K], of few rows: without the tensor cores."""
     return tl.sum(x.to(tl.int32)[:, None, :] * w.to(tl.int32)[None, :, :], 2)
 
 
@@ -195,27 +198,31 @@ def selective_scan_step(
     """`ssmc.ops.steps.selective_scan_step`; the new state is written over `state`, contiguous.
 
     x_proj [B, 1, R + 2 N] and u_q, z_q [B, 1, D] may be views of wider rows. A program takes
-    `block_d` channels of `sequences` (powers of two); for 16 sequences and more, and a weight of
-    8 bits, the kernel is that of `ssmc.kernels.selective_steps`.
+    `block_d` channels of `sequences` (powers of two). With 16 of both and more, and a weight of 8
+    bits, it is the kernel of `ssmc.kernels.selective_steps`.
     """
     batch, _, width = u_q.shape
     states, rank = A.shape[1], x_proj.shape[-1] - 2 * A.shape[1]
     packed = dt_w_q.dtype == torch.uint8
     group = rank // dt_w_scale.shape[1] if packed else 0
-    sequences = sequences or (16 if batch >= 16 and not packed and rank <= DEEPEST else 1)
+    by_matrices = not packed and rank <= DEEPEST
+    sequences = sequences or (FEWEST if by_matrices and batch >= FEWEST else 1)
+    by_matrices &= sequences >= FEWEST
+    block_d = block_d or (32 if by_matrices else 16)
     y = torch.empty((batch, 1, width), dtype=torch.float32, device=u_q.device)
-    operands = (x_proj, dt_w_q, dt_w_scale, dt_proj_bias, dt_scale, u_q, u_scale, A, D, z_q)
-    operands += (z_scale, dt_bias)
+    operands = (
+        *(x_proj, dt_w_q, dt_w_scale, dt_proj_bias, dt_scale, u_q, u_scale, A, D),
+        *(z_q, z_scale, dt_bias),
+    )
     sizes = (batch, width, rank, states)
     strides = (
         *(x_proj.stride(0), u_q.stride(0), 0 if z_q is None else z_q.stride(0)),
         *(min(dt_w_scale.dim(), 1), dt_scale.dim(), u_scale.dim()),
         0 if z_scale is None else z_scale.dim(),
     )
-    if sequences >= 16:
-        run_steps(operands, state, y, sizes, strides, softplus, sequences, block_d or 32, num_warps)
+    if by_matrices and block_d >= FEWEST:
+        run_steps(operands, state, y, sizes, strides, softplus, sequences, block_d, num_warps)
         return y, state
-    block_d = block_d or 16
     launch(
         _step_kernel,
         (triton.cdiv(width, block_d), triton.cdiv(batch, sequences)),

@@ -1,8 +1,13 @@
-"""`selective_scan_step` of many sequences: dt_proj by the tensor cores, then the states in turn."""
+"""`selective_scan_step` of many sequences: dt_proj by the tensor cores, the states part by part.
 
-# A tuple of pieces grows in a loop that Triton unrolls; it knows no starred expressions.
+What a step costs is its states, read and written once. All else is to be out of their way: a thread
+has few registers, so that all programs run at a time, and what is one for many states (step sizes,
+B and C) is computed once and handed over through memory.
+"""
+
+# A tuple of parts grows in a loop that Triton unrolls; it knows no starred expressions.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,unreachable"
 
 from __future__ import annotations
 
@@ -26,32 +31,48 @@ from ssmc.kernels.arithmetic import (
 from ssmc.kernels.launch import await_inputs, launch, let_next_load
 from ssmc.kernels.prefetch import prefetch
 
+FEWEST = 16  # sequences and channels a program: what an instruction of the tensor cores takes
 DEEPEST = 1024  # columns of dt_proj: so far every sum is a float32
 _AHEAD = 2  # parts of the states that are on their way while one is advanced
 
 
 @triton.jit
-def _load_weight(w, channel, start, width, rank, K: tl.constexpr):  # noqa: ANN202
-    """Columns start .. start + K of some rows of the weight [width, rank]."""
-    k = start + tl.arange(0, K)
-    mask = (channel < width)[:, None] & (k < rank)[None, :]
-    return tl.load(w + channel.to(tl.int64)[:, None] * rank + k[None, :], mask=mask, other=0)
+def _columns(rows, kept, rank, K: tl.constexpr, MORE_K: tl.constexpr):  # noqa: ANN202
+    """`rank` columns of the rows pointed at, [rows, K] and, where there are more, [rows, MORE_K].
+
+    Zeros where a row is not kept and past the last column.
+    """
+    k = tl.arange(0, K)
+    first = tl.load(rows + k[None, :], mask=kept[:, None] & (k < rank)[None, :], other=0)
+    if MORE_K == 0:
+        return (first,)
+    else:
+        k = K + tl.arange(0, MORE_K)
+        more = tl.load(rows + k[None, :], mask=kept[:, None] & (k < rank)[None, :], other=0)
+        return first, more
 
 
 @triton.jit
-def _load_low(x, there, start, rank, K: tl.constexpr):  # noqa: ANN202
-    """Columns start .. start + K of the low-rank dt of the rows x, and the largest of each row."""
-    k = start + tl.arange(0, K)
-    low = tl.load(x + k[None, :], mask=there[:, None] & (k < rank)[None, :], other=0.0)
-    return low, tl.max(tl.abs(low), 1)
+def _product(x, w):  # noqa: ANN202
+    """Integers in float32 [S, D] of the columns of x [S, ...] and w [D, ...], and a scale a row.
+
+    The rows of x are quantised as by `quantize_dynamic`.
+    """
+    largest = tl.max(tl.abs(x[0]), 1)
+    for i in tl.static_range(1, len(x)):
+        largest = tl.maximum(largest, tl.max(tl.abs(x[i]), 1))
+    scale = scale_for(largest)[:, None]
+    inverse = inverse_of(scale)
+    total = tl.dot(to_int8_within(x[0], inverse), tl.trans(w[0]), out_dtype=tl.int32)
+    for i in tl.static_range(1, len(x)):
+        q = to_int8_within(x[i], inverse)
+        total = tl.dot(q, tl.trans(w[i]), total, out_dtype=tl.int32)
+    return total.to(tl.float32), scale
 
 
 @triton.jit
-def _tokens(x, there, states, N: tl.constexpr):  # noqa: ANN202
-    """B and C [S, 2, N] of the rows x, each quantised with a scale of its own and dequantised."""
-    n = tl.arange(0, N)
-    at = x[:, :, None] + (tl.arange(0, 2)[:, None] * states + n[None, :])[None, :, :]
-    values = tl.load(at, mask=there[:, None, None] & (n < states)[None, None, :], other=0.0)
+def _rounded(values):  # noqa: ANN202
+    """Rows [S, 2, N], each quantised as by `quantize_dynamic`, and dequantised."""
     scale = scale_for(tl.max(tl.abs(values), 2))[:, :, None]
     return to_float(to_int8_within(values, inverse_of(scale))) * scale
 
@@ -78,6 +99,15 @@ def _load_states(  # noqa: ANN202
 
 
 @triton.jit
+def _take(board, first, PART: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr):  # noqa: ANN202
+    """Of rows first .. first + PART of the board dt, dt u [PART, BLOCK_D], B and C [PART, N]."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    n = 2 * BLOCK_D + tl.arange(0, N)[None, :]
+    row = board + (first + tl.arange(0, PART))[:, None] * (2 * BLOCK_D + 2 * N)
+    return tl.load(row + d), tl.load(row + BLOCK_D + d), tl.load(row + n), tl.load(row + N + n)
+
+
+@triton.jit
 def _joined(x, COUNT: tl.constexpr):  # noqa: ANN202
     """A tuple of COUNT tensors, a power of two, as one: its last dimensions number them."""
     if COUNT == 1:
@@ -88,6 +118,16 @@ def _joined(x, COUNT: tl.constexpr):  # noqa: ANN202
         for i in tl.static_range(HALF):
             pairs = pairs + (tl.join(x[i], x[i + HALF]),)
         return _joined(pairs, HALF)
+
+
+@triton.jit
+def _rows(parts):  # noqa: ANN202
+    """Parts [P, D], a power of two of them, one below the other; no data moves."""
+    P: tl.constexpr = parts[0].shape[0]
+    D: tl.constexpr = parts[0].shape[1]
+    COUNT: tl.constexpr = len(parts)
+    x = tl.reshape(_joined(parts, COUNT), (P, D, COUNT))
+    return tl.reshape(tl.permute(x, (2, 0, 1)), (COUNT * P, D))
 
 
 @triton.jit
@@ -106,7 +146,7 @@ def _steps_kernel(  # noqa: ANN202, C901
     dt_bias,
     state,
     y,
-    workspace,
+    boards,
     batch,
     width,
     rank,
@@ -128,28 +168,25 @@ def _steps_kernel(  # noqa: ANN202, C901
     BLOCK_D: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
-    """BLOCK_D channels of S sequences, PART sequences at a time.
+    """BLOCK_D channels of S sequences, whose states are advanced PART sequences at a time.
 
-    Threads that advance a state need its step size, B and C, which are computed once and handed
-    over in memory: `workspace` is float32 [programs, S, 2 BLOCK_D + 2 N]. The rank is taken as K
-    and MORE_K columns. The weight and all that belongs to a channel are read before the inputs are
-    waited for, and the states, which may not be read so early, are brought into the L2 cache.
+    `boards` are float32 [programs, S, 2 BLOCK_D + 2 N], one to hand over through for each program.
+    The weight and all that belongs to a channel are read before the inputs are waited for, and the
+    states, which may not be read so early, are brought into the L2 cache.
     """
-    d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, N)
-    channel = tl.program_id(0) * BLOCK_D + d
     first = tl.program_id(1) * S
     sequence = first + tl.arange(0, S)
+    channel = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    there = sequence < batch
     kept = channel < width
     row = tl.minimum(sequence, batch - 1).to(tl.int64)[:, None]
+    n = tl.arange(0, N)
     if CHAIN:
         SECTOR: tl.constexpr = 256 // state.dtype.element_ty.primitive_bitwidth  # 32 bytes
         own = state + (row * width + tl.minimum(channel, width - 1)[None, :]) * states
         for i in tl.static_range(0, N, SECTOR):
             prefetch(own + tl.minimum(i, states - 1))
-    w = _load_weight(dt_w_q, channel, 0, width, rank, K)
-    if MORE_K > 0:
-        w_more = _load_weight(dt_w_q, channel, K, width, rank, MORE_K)
+    w = _columns(dt_w_q + channel.to(tl.int64)[:, None] * rank, kept, rank, K, MORE_K)
     w_scale = parameter(dt_w_scale, dt_w_scale_stride, channel, width)
     dt_s = parameter(dt_scale, dt_scale_stride, channel, width)
     u_s = parameter(u_scale, u_scale_stride, channel, width)
@@ -166,62 +203,57 @@ def _steps_kernel(  # noqa: ANN202, C901
     for i in tl.static_range(AHEAD):
         begin = first + i * PART
         held = held + (_load_states(state, begin, channel, batch, width, states, PART, N),)
-    there = sequence < batch
+    # All that is read of the inputs is asked for before any of it is waited for.
     mask = there[:, None] & kept[None, :]
     u = tl.load(u_q + row * u_row + channel[None, :], mask=mask, other=0).to(tl.float32)
-    u *= u_s[None, :]
-    x = x_proj + row * x_row
-    low, largest = _load_low(x, there, 0, rank, K)
-    if MORE_K > 0:
-        low_more, largest_more = _load_low(x, there, K, rank, MORE_K)
-        largest = tl.maximum(largest, largest_more)
-    tokens = _tokens(x + rank, there, states, N)
-    low_s = scale_for(largest)[:, None]
-    inverse = inverse_of(low_s)
-    total = tl.dot(to_int8_within(low, inverse), tl.trans(w), out_dtype=tl.int32)
-    if MORE_K > 0:
-        low_q = to_int8_within(low_more, inverse)
-        total = tl.dot(low_q, tl.trans(w_more), total, out_dtype=tl.int32)
-    dt = total.to(tl.float32) * (low_s * w_scale[None, :])
+    low = _columns(x_proj + row * x_row, there, rank, K, MORE_K)
+    pair = tl.arange(0, 2)[:, None] * states + n[None, :]
+    known = there[:, None, None] & (n < states)[None, None, :]
+    BC = tl.load((x_proj + row * x_row + rank)[:, :, None] + pair[None, :, :], known, 0.0)
+    if z_q is not None:
+        z = tl.load(z_q + row * z_row + channel[None, :], mask=mask, other=0)
+
+    total, low_s = _product(low, w)
+    dt = total * (low_s * w_scale[None, :])
     if dt_proj_bias is not None:
         dt += proj_bias[None, :]
     dt = to_float(to_int8(dt, inverse_of(dt_s)[None, :])) * dt_s[None, :] + bias[None, :]
     if SOFTPLUS:
         dt = softplus(dt)
-
-    LINE: tl.constexpr = 2 * BLOCK_D + 2 * N
+    u *= u_s[None, :]
+    WIDTH: tl.constexpr = 2 * BLOCK_D + 2 * N
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    shared = workspace + program * (S * LINE)
-    line = tl.arange(0, S)[:, None] * LINE
-    tl.store(shared + line + d[None, :], dt)
-    tl.store(shared + line + BLOCK_D + d[None, :], dt * u)
-    pair = 2 * BLOCK_D + tl.arange(0, 2 * N)
-    tl.store(shared + line + pair[None, :], tl.reshape(tokens, (S, 2 * N)))
+    board = boards + program * (S * WIDTH)
+    line = board + tl.arange(0, S)[:, None] * WIDTH
+    d = tl.arange(0, BLOCK_D)
+    tl.store(line + d[None, :], dt)
+    tl.store(line + BLOCK_D + d[None, :], dt * u)
+    tokens = tl.reshape(_rounded(BC), (S, 2 * N))
+    tl.store(line + 2 * BLOCK_D + tl.arange(0, 2 * N)[None, :], tokens)
     tl.debug_barrier()
 
     rate *= LOG2E
     sums = ()
-    for i in tl.static_range(0, S, PART):
-        if i + AHEAD * PART < S:
-            begin = first + i + AHEAD * PART
+    following = _take(board, 0, PART, BLOCK_D, N)
+    for i in tl.static_range(S // PART):
+        step, step_u, B, C = following
+        if i + AHEAD < S // PART:
+            begin = first + (i + AHEAD) * PART
             held = held + (_load_states(state, begin, channel, batch, width, states, PART, N),)
-        line = shared + (i + tl.arange(0, PART))[:, None] * LINE
-        step = tl.load(line + d[None, :])
-        step_u = tl.load(line + BLOCK_D + d[None, :])
-        B = tl.load(line + 2 * BLOCK_D + n[None, :])
-        C = tl.load(line + 2 * BLOCK_D + N + n[None, :])
+        if i + 1 < S // PART:
+            following = _take(board, (i + 1) * PART, PART, BLOCK_D, N)
+            # Else the compiler moves these loads behind what they are to run beside.
+            tl.debug_barrier()
         decay = tl.exp2(step[:, :, None] * rate[None, :, :])
-        h = tl.fma(decay, held[i // PART].to(tl.float32), step_u[:, :, None] * B[:, None, :])
-        at, in_part = _states_at(state, first + i, channel, batch, width, states, PART, N)
+        h = tl.fma(decay, held[i].to(tl.float32), step_u[:, :, None] * B[:, None, :])
+        at, in_part = _states_at(state, first + i * PART, channel, batch, width, states, PART, N)
         tl.store(at, h.to(state.dtype.element_ty), mask=in_part)
         sums = sums + (tl.sum(h * C[:, None, :], 2),)
-    out = tl.reshape(_joined(sums, S // PART), (PART, BLOCK_D, S // PART))
-    out = tl.reshape(tl.permute(out, (2, 0, 1)), (S, BLOCK_D))
+    out = _rows(sums)
     if D is not None:
         out += u * skip[None, :]
     if z_q is not None:
-        z = tl.load(z_q + row * z_row + channel[None, :], mask=mask, other=0).to(tl.float32)
-        out *= silu(z * z_s[None, :])
+        out *= silu(z.to(tl.float32) * z_s[None, :])
     tl.store(y + row * width + channel[None, :], out, mask=mask)
 
 
@@ -236,22 +268,23 @@ def run_steps(
     block_d: int,
     num_warps: int,
 ) -> None:
-    """Fill y [batch, width] and overwrite the states; `sizes` are batch, width, rank and states.
+    """Fill y [batch, 1, width] and write over the states; sizes are batch, width, rank and states.
 
-    The operands and strides are those of the kernel. `sequences` and `block_d` are at least 16.
+    `operands` and `strides` are those of the kernel. A program takes `block_d` channels of
+    `sequences`, both powers of two and not below FEWEST; the rank is at most DEEPEST.
     """
     batch, width, rank, states = sizes
     columns = 32 * triton.cdiv(rank, 32)
     k = 1 << (columns.bit_length() - 1)
     n = triton.next_power_of_2(states)
-    # A thread holds 8 states at a time, of one channel where these are 16.
+    # A thread holds 8 states of a part.
     part = max(1, min(sequences, 256 * num_warps // (block_d * n)))
     grid = triton.cdiv(width, block_d), triton.cdiv(batch, sequences)
-    workspace = y.new_empty((grid[0] * grid[1], sequences, 2 * block_d + 2 * n))
+    boards = y.new_empty((grid[0] * grid[1], sequences, 2 * block_d + 2 * n))
     launch(
         _steps_kernel,
         grid,
-        *(*operands, state, y, workspace, *sizes, *strides),
+        *(*operands, state, y, boards, *sizes, *strides),
         device=y.device,
         SOFTPLUS=softplus,
         S=sequences,
@@ -262,5 +295,5 @@ def run_steps(
         N=n,
         BLOCK_D=block_d,
         num_warps=num_warps,
-        maxnreg=96,  # five programs a multiprocessor, so that 640 run at a time
+        maxnreg=96,  # five programs of four warps share a processor
     )

@@ -1,4 +1,4 @@
-"""The scan of Mamba-1 2.8B and 130m: prompts of 512 and 2048, one step of 1 and 64 sequences."""
+"""The scan of Mamba-1 2.8B and 130m: prompts of 512 and 2048, a step of 1 and 64 sequences."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _step_case(model: str, batch: int, bits: int = 32) -> Case:
     single = [{"block_d": d, "num_warps": w} for d, w in ((8, 2), (8, 4), (16, 4), (32, 4))]
     many = [
         {"block_d": d, "sequences": s, "num_warps": w}
-        for d, s, w in ((32, 16, 4), (32, 16, 8), (16, 16, 4), (64, 16, 8), (16, 32, 8), (16, 1, 4))
+        for d, s, w in ((32, 16, 4), (32, 16, 8), (16, 16, 4), (64, 16, 8), (32, 32, 8), (16, 1, 4))
     ]
     return Case(
         f"selective scan step {model} batch {batch}" + (" bf16" if bits == 16 else ""),
