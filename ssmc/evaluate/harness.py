@@ -29,7 +29,7 @@ LONGEST = 2048
 TOKENS = 8192
 """Tokens of a call, padding and all, where no batch is given: logits take 4 bytes a word each."""
 
-DRAWING = ("temperature", "top_k", "top_p")
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """Arguments that mean nothing to greedy decoding."""
 
 Report = Callable[[int, int], None]
