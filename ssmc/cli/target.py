@@ -34,6 +34,7 @@ class Target:
     device: torch.device
     compiled: CompiledModel | None = None
     chat: dict[str, Any] | None = None
+    fingerprint: str | None = None  # of a float model
 
     def encoder(self) -> tuple[Tokenizer, int]:
         """The tokenizer and the token that separates texts; UsageError where it has none."""
@@ -86,6 +87,13 @@ class Target:
         return shared(run_hashes(windows), from_text(about["runs"]))
 
 
+def choose_execution(target: Target, execution: str) -> None:
+    """Have an artefact run `lowered` or `simulated`; UsageError for another word."""
+    check_choice("execution", execution, ("lowered", "simulated"))
+    if target.compiled is not None:
+        target.compiled.execution = execution  # type: ignore[assignment]
+
+
 def open_target(name: str, backend: str = "auto", device: str = "auto") -> Target:
     """The model or artefact called `name`, on a device; `backend` is what an artefact runs on."""
     from ssmc.runtime import is_artefact, load
@@ -109,5 +117,5 @@ def open_model(name: str, device: str = "auto") -> Target:
     model = load_model(name)
     graph = trace(model.module)
     move(graph, found)
-    chat = read_chat_template(model.folder)
-    return Target(name, graph, model.tokenizer, model.eos_token_id, found, chat=chat)
+    chat, mark = read_chat_template(model.folder), model.fingerprint
+    return Target(name, graph, model.tokenizer, model.eos_token_id, found, None, chat, mark)
