@@ -121,7 +121,7 @@ class Sampler:
         if self.sampling.repetition_penalty != 1 and self._seen is None:
             self._seen = torch.zeros_like(logits, dtype=torch.bool)
             for row, context in zip(self._seen, self._contexts, strict=True):
-                row[context] = True
+                row.scatter_(0, context, True)
         scores = self.sampling.scores(logits, self._seen)
         if self.sampling.temperature == 0:
             ids = scores.argmax(-1, keepdim=True)
