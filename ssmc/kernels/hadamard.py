@@ -54,9 +54,9 @@ def is_few(x: Tensor) -> bool:
 
 
 def warps_for(x: Tensor) -> int:
-    """Warps for a row of x: of few rows a thread has 16 to 32 values, of many 32 to 64."""
-    values = 1024 if is_few(x) else 2048
-    return min(8, max(1, triton.next_power_of_2(x.shape[-1]) // values))
+    """Warps for a row of x, at most 8: a thread has at most 20 values of few rows, 40 of many."""
+    values = 32 * (20 if is_few(x) else 40)
+    return min(8, triton.next_power_of_2(triton.cdiv(x.shape[-1], values)))
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,7 @@ def _norm_kernel(  # noqa: ANN202
             sums = sums + (before[i] + pieces[i],)
         pieces = sums
         store_pieces(total + row * N, pieces, N, WIDTH)
-    squares = pieces[0] * pieces[0]
-    for i in tl.static_range(1, len(pieces)):
-        squares += pieces[i] * pieces[i]
-    inverse = inverse_rms(tl.sum(squares), N, eps)
+    inverse = inverse_rms(sum_of(products(pieces, pieces)), N, eps)
     normed = ()
     for i in tl.static_range(len(pieces)):
         y = pieces[i] * inverse
