@@ -31,7 +31,7 @@ from ssmc.kernels.ssd_operands import HALF_LIMIT, QMAX, SMALL, fast_exp2, to_hal
 CHUNK, CHANNELS, WARPS = 64, 64, 4
 _ALIGNED = 16  # bytes that what the accelerator copies begins at multiples of
 _GROWTH = gl.constexpr(CHUNK * QMAX.value * QMAX.value)
-_NARROW, _FAR = gl.constexpr(2.0**-20), gl.constexpr(2.0**-40)
+_MARGIN = gl.constexpr(256.0)
 
 
 def fits(x_q: Tensor, RANK: int, forms: tuple[str, ...], reverse: bool) -> bool:
@@ -256,12 +256,30 @@ def _sizes(sizes, C_sizes, plane, chunk):  # noqa: ANN202
 
 
 @gluon.jit
+def _state_scales(reach, channel, largest, chunks):  # noqa: ANN202
+    """The scales of the state's channels: those of x, except where the state is far above.
+
+    It reaches up to `reach` in a channel; far is _MARGIN times what a chunk can add. So no channel,
+    were its scale zero, makes the bound on all so large that float16 in its unit loses what the
+    others add. `largest` are pointers to the largest weights of the chunks.
+    """
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    number = gl.arange(0, 128, layout=LINE)
+    found = gl.zeros([128], gl.float32, LINE)
+    for start in range(0, chunks, 128):
+        inside = start + number < chunks
+        found = gl.maximum(found, gl.load(largest + start + number, mask=inside, other=0.0))
+    most = gl.max(found, 0) * (_GROWTH * _MARGIN)
+    return gl.maximum(gl.maximum(gl.abs(channel), reach / most), SMALL)
+
+
+@gluon.jit
 def _step(known, bound, skip, RANK: gl.constexpr):  # noqa: ANN202
     """How the state goes through a chunk, its unit before and behind being 2^-15 of the bound.
 
     The bound behind it, what becomes of the state before it and of `until_end` in the new unit,
-    the largest of the weights of the positions in one another, and a unit for these: at least the
-    largest, 2^-15 of D, and so much that the state before the chunk stays finite in it.
+    the largest of the weights of the positions in one another, and a unit for these, a bound on
+    them and 2^-15 of D.
     """
     whole, largest, C_size = known
     decayed = bound * gl.exp2(whole)
@@ -269,7 +287,6 @@ def _step(known, bound, skip, RANK: gl.constexpr):  # noqa: ANN202
     inverse = 1.0 / new_bound
     size = C_size * (largest * (RANK / 2.0))
     gain = gl.maximum(gl.maximum(size, SMALL), gl.abs(skip) * (1 / HALF_LIMIT))
-    gain = gl.maximum(gain, bound * C_size * _FAR)
     return new_bound, decayed * inverse, largest * (HALF_LIMIT / 256) * inverse, size, gain
 
 
@@ -356,11 +373,7 @@ def outputs_kernel(
     in_cell = (p < width)[:, None] & (n < rank)[None, :]
     column = head * width + part * CHANNELS
 
-    c = part * CHANNELS + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, SQUARE))
-    own = _channel_scales(x_scale, x_steps, head, c)
-    least = gl.maximum(gl.max(gl.abs(own), 0) * _NARROW, 1e-15)
-    ratio = (own / gl.maximum(gl.abs(own), least)).to(gl.float16)
-    scale = gl.maximum(gl.abs(_channel_scales(x_scale, x_steps, head, p)), least)
+    channel = _channel_scales(x_scale, x_steps, head, p)
     skip = 0.0
     if D is not None:
         skip = gl.load(D + head)
@@ -387,9 +400,11 @@ def outputs_kernel(
     if segment == segments - 1:
         new = h * gl.exp2(gl.load(totals + segment)) + gl.load(sums + segment * width * RANK)
         gl.store(new_state + cell, new.to(new_state.dtype.element_ty), mask=in_cell)
-    h = h * (1.0 / scale)[:, None]
-    bound = gl.maximum(gl.max(gl.max(gl.abs(h), 1), 0), SMALL)
-    h = h * (HALF_LIMIT / bound)
+    reach = gl.max(gl.abs(h), 1)
+    scale = _state_scales(reach, channel, sizes + plane + first, end - first)
+    ratio = gl.convert_layout((channel / scale).to(gl.float16), gl.SliceLayout(0, SQUARE))
+    bound = gl.maximum(gl.max(reach / scale, 0), SMALL)
+    h = h * (1.0 / scale)[:, None] * (HALF_LIMIT / bound)
 
     known = _sizes(sizes, C_sizes, plane, first)
     for chunk in range(first, end):
@@ -402,13 +417,13 @@ def outputs_kernel(
         products = places[2].load(SQUARE)
         weight = _weigh(products, kept, whole, size, gain, skip, CHUNK, SQUARE, D is not None)
         weight_tile.store(weight)
-        x_t = to_half(places[0].reshape([CHUNK, CHANNELS]).load(SQUARE)) * ratio[None, :]
+        x_t = to_half(places[0].reshape([CHUNK, CHANNELS]).load(SQUARE))
         until_end = kept.slice(2 * CHUNK, CHUNK).load(gl.SliceLayout(1, SQUARE)) * grows
         # y of the chunk in front is to have left.
         tma.store_wait(0)
         tl.debug_barrier()
         x_tile.store(x_t)
-        grown_tile.store(x_t * until_end.to(gl.float16)[:, None])
+        grown_tile.store(x_t * until_end.to(gl.float16)[:, None] * ratio[None, :])
         rounded = gl.convert_layout(h.to(gl.float16), gl.DotOperandLayout(0, OUT, 2))
         h = h * remains
         fence_async_shared()
@@ -420,22 +435,23 @@ def outputs_kernel(
         )  # fmt: skip
         known = _sizes(sizes, C_sizes, plane, ahead)
         mbarrier.wait(rows_ready, k & 1)
-        passed = gl.zeros([CHANNELS, CHUNK], gl.float32, OUT)
-        passed = warpgroup_mma(
-            rounded, C_tile.permute((1, 0)), passed, use_acc=False, is_async=True
+        zeros = gl.zeros([CHANNELS, CHUNK], gl.float32, OUT)
+        C_t, weight_t = C_tile.permute((1, 0)), weight_tile.permute((1, 0))
+        passed = warpgroup_mma(rounded, C_t, zeros, use_acc=False, is_async=True)
+        inside = warpgroup_mma(
+            x_tile.permute((1, 0)), weight_t, zeros, use_acc=False, is_async=True
         )
         h = warpgroup_mma(grown_tile.permute((1, 0)), B_tile, h, is_async=True)
-        passed, rounded = warpgroup_mma_wait(1, deps=[passed, rounded])
+        to_passed = gl.convert_layout(scale * (bound * (1 / HALF_LIMIT)), gl.SliceLayout(1, OUT))
+        to_inside = gl.convert_layout(channel * gain, gl.SliceLayout(1, OUT))
         reading = kept.slice(3 * CHUNK, CHUNK).load(gl.SliceLayout(0, OUT))
-        passed = passed * (reading * (bound / (gain * HALF_LIMIT)))[None, :]
-        result = warpgroup_mma(
-            x_tile.permute((1, 0)), weight_tile.permute((1, 0)), passed, is_async=True
-        )
-        result, h = warpgroup_mma_wait(0, deps=[result, h])
+        passed, inside, h, rounded = warpgroup_mma_wait(0, deps=[passed, inside, h, rounded])
         tl.debug_barrier()
 
         _ask_rows(copies, B_tile, C_tile, rows_ready, group, ahead, chunks, CHUNK)
-        result = result * gl.convert_layout(scale * gain, gl.SliceLayout(1, OUT))[:, None]
+        passed *= reading[None, :]
+        to_passed = to_passed[:, None] + gl.zeros_like(passed)
+        result = gl.fma(passed, to_passed, inside * to_inside[:, None])
         y_place.reshape([CHUNK, CHANNELS]).permute((1, 0)).store(result)
         fence_async_shared()
         tl.debug_barrier()

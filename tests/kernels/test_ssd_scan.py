@@ -106,6 +106,14 @@ def test_heads_side_by_side_without_optional_operands(device: torch.device, abse
     check(given | {"x_q": given["x_q"].contiguous(), absent: None})
 
 
+@pytest.mark.parametrize("absent", ["D", "state"])
+def test_channels_without_a_scale(device: torch.device, absent: str) -> None:
+    given = operands(device, 70, heads=2, width=64, groups=1, rank=64)
+    given["x_scale"][:, ::3] = 0.0
+    given["x_scale"][0] = 0.0
+    check(given | {"x_q": given["x_q"].contiguous(), absent: None})
+
+
 @pytest.mark.parametrize("segments", [1, 2, 4, 100])
 def test_segments(device: torch.device, segments: int) -> None:
     check(operands(device, 75), chunk=16, segments=segments)
