@@ -47,7 +47,8 @@ class Quantise(Pass):
     `weights` is the bits, 2 to 8, of in_proj and out_proj, with `scope=all` of every linear layer;
     `group` input channels share a scale (Frantar et al. 2023, arXiv 2210.17323, section 5), without
     it a row or tensor. Other layers, and those whose width is no multiple of it, keep 8 bits.
-    `range=mse` clips these weights where their squared error is least, `range=tanh` at three
+    `range=mse` clips these weights where their squared error is least and uses all 2^bits integers,
+    the scale's sign being what serves best; `range=tanh` at three
     standard deviations, with levels spaced by a hyperbolic tangent (`ssmc/quant/weights.py`).
 
     `activations=16` quantises weights only: nothing is int8 between layers, and the linear layers
@@ -119,6 +120,7 @@ class Quantise(Pass):
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
+        g.facts["float"] = g.copy()
         quantiser = self._quantiser(g)
         chosen = choose(self.overrides, g)
         for node in g.calls("ssmc::embedding"):
