@@ -28,6 +28,11 @@ def run(
     by_length: Annotated[
         bool, typer.Option("--by-length", help="Also by how many tokens went before.")
     ] = False,
+    last_word: Annotated[
+        Path | None,
+        typer.Option(help="Passages whose last word is to be said, .jsonl: also how often it is."),
+    ] = None,
+    passages: Annotated[int | None, typer.Option(min=1, help="At most this many of them.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
     backend: Annotated[
@@ -36,9 +41,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Perplexity of a model or an artefact on windows of text that do not overlap."""
+    from ssmc import evaluate
     from ssmc.cli.target import check_choice, open_target
+    from ssmc.corpus import read_texts
     from ssmc.demo import evaluation_file
-    from ssmc.evaluate import perplexity
 
     check_choice("mode", mode, ("prefill", "recurrent"))
     check_choice("execution", execution, ("lowered", "simulated"))
@@ -49,12 +55,18 @@ def run(
     start = time.perf_counter()
     with output.progress(f"scoring {target}") as report:
         size = batch or (8 if mode == "prefill" else 64)
-        result = perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
+        result = evaluate.perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
+    said = None
+    if last_word is not None:
+        texts, encoder = read_texts(last_word)[:passages], opened.encoder()
+        with output.progress(f"last words {target}") as report:
+            said = evaluate.last_word(opened.run, encoder[0], texts, encoder[1], progress=report)
     overlap = opened.overlap(windows)
     if as_json:
         about = {"target": target, "mode": mode, "seconds": seconds, "calibration_overlap": overlap}
-        output.say_json(about | asdict(result))
+        words = {"last_word": asdict(said)} if said else {}
+        output.say_json(about | asdict(result) | words)
         return
     output.say(f"target       {target}")
     output.say(
@@ -63,6 +75,8 @@ def run(
     )
     for part in result.by_length if by_length else ():
         output.say(f"{part.first:>6}-{part.last:<6}{part.perplexity:.4f}")
+    if said is not None:
+        output.say(f"last word    {said.accuracy:.1%} of {said.passages} passages")
     if overlap is not None:
         _say_overlap(overlap)
 
