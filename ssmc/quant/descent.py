@@ -24,9 +24,8 @@ def descend(
     """Integers int8 [N, K] and scales [N, G] that err no more than q and scale do.
 
     The error is tr(D H D') of the difference D from weight [N, K], with the damped Hessian H. In a
-    sweep each column in turn takes the integers that are best while all others stay (algorithm 1,
-    equation 8), and before that, which is ours, the scales of each group take the value that is
-    best for its integers, where rows have scales of their own.
+    sweep each column in turn takes the integers that are best while all others stay, and before
+    that, which is ours, the scales of each group take the value that is best for its integers.
     """
     q, scale = q.clone(), scale.clone()
     matrix = hessian.damped(damping).float()
