@@ -13,7 +13,7 @@ from torch import fx, nn
 import ssmc
 from ssmc.core import Context, Graph, Pass, Record, run_passes
 from ssmc.core.graph import LENGTH
-from ssmc.core.numerics import block_numerics
+from ssmc.core.numerics import block_numerics, operator_numerics
 from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
 from ssmc.core.report import Report
@@ -23,7 +23,8 @@ from ssmc.errors import UsageError
 from ssmc.frontend import Model, load_model, trace
 from ssmc.lowering import BACKENDS
 from ssmc.overlap import run_hashes, to_text
-from ssmc.recipe import Recipe, make_recipe
+from ssmc.passes._formats import operators
+from ssmc.recipe import Recipe, find_recipe, make_recipe
 from ssmc.runtime import Artefact, CompiledModel, choose_backend
 from ssmc.runtime.template import read_chat_template
 
@@ -63,17 +64,22 @@ def compile(
     model: str | nn.Module,
     example_inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
     *,
-    passes: str | Sequence[PassSpec] = "hadamard,percentile",
+    recipe: str | Path | None = None,
+    passes: str | Sequence[PassSpec] | None = None,
     calibration: str | Path | torch.Tensor | Iterable[Any] | None = None,
-    scheme: str = "w8a8",
-    samples: int = 64,
-    length: int = 512,
-    seed: int = 0,
-    backend: str = "auto",
+    scheme: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
     device: str | None = None,
     hooks: Hooks | None = None,
 ) -> CompiledModel:
-    """Trace `model`, run `passes` over it and lower it.
+    """Trace `model`, run the passes of a recipe over it and lower it.
+
+    `recipe` is the name of one that comes with ssmc (`ssmc recipes`) or a file; what else is given
+    goes over it. Without it `passes` are "hadamard,percentile", the scheme is "w8a8", and 64
+    windows (`samples`) of 512 tokens (`length`) calibrate, drawn with seed 0.
 
     `model` is anything `ssmc compile` takes, a Hugging Face causal language model, or any torch
     module that uses `ssmc.ops` (then with `example_inputs`, a tuple of tensors whose first
@@ -84,18 +90,21 @@ def compile(
     Raises UsageError, UnsupportedError, PassError, NumericsError or DeviceError (see ssmc.errors).
     """
     found = find_device(device) if device else None
-    named = passes if isinstance(passes, str) else parse_passes(passes)
-    recipe = make_recipe(
-        passes=named if isinstance(named, str) else [{p.name: p.options()} for p in named],
-        scheme=scheme,
-        calibration=str(calibration) if isinstance(calibration, str | Path) else None,
-        samples=samples,
-        length=length,
-        seed=seed,
-        backend=backend,
-    )
-    source = read_source(model, recipe, example_inputs, calibration)
-    return compile_source(source.to(found) if found else source, recipe, hooks or Hooks())
+    if not (passes is None or isinstance(passes, str)):
+        passes = [{p.name: p.options()} for p in parse_passes(passes)]
+    given: dict[str, Any] = {
+        "passes": passes,
+        "scheme": scheme,
+        "calibration": str(calibration) if isinstance(calibration, str | Path) else None,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "backend": backend,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    resolved = make_recipe(**given) if recipe is None else find_recipe(recipe, **given)
+    source = read_source(model, resolved, example_inputs, calibration)
+    return compile_source(source.to(found) if found else source, resolved, hooks or Hooks())
 
 
 def read_source(
@@ -252,13 +261,16 @@ def _about(source: Source, recipe: Recipe, plan: Sequence[Pass]) -> dict[str, An
 def _report(
     compiled: CompiledModel, report: Report, reference: Graph, context: Context
 ) -> dict[str, Any]:
-    numerics = []
+    blocks, single = [], []
     if context.probe is not None:
-        numerics = block_numerics(compiled.graph, reference, context.probe)
+        addresses = {o.node.name: o.address for o in operators(reference)}
+        blocks = block_numerics(compiled.graph, reference, context.probe)
+        single = operator_numerics(compiled.graph, reference, addresses, context.probe)
     return {
         "passes": report.to_json(timing=False),
         "lowering": {"fused": compiled.lowered.fused, "kept": compiled.lowered.kept},
-        "numerics": numerics,
+        "numerics": blocks,
+        "operators": single,
     }
 
 

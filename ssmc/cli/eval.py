@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ssmc.cli import output
+
+if TYPE_CHECKING:
+    from ssmc.cli.target import Target
+    from ssmc.evaluate import LastWord
 
 OVERLAP = 0.01  # from here on a text is no longer one that calibration has not seen
 
@@ -30,6 +34,11 @@ def run(
     by_length: Annotated[
         bool, typer.Option("--by-length", help="Also by how many tokens went before.")
     ] = False,
+    last_word: Annotated[
+        Path | None,
+        typer.Option(help="Passages whose last word is to be said, .jsonl: also how often it is."),
+    ] = None,
+    passages: Annotated[int | None, typer.Option(min=1, help="At most this many of them.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval to score instead: lambada_openai,piqa.")
     ] = None,
@@ -47,13 +56,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Perplexity of a model or an artefact on windows of text, or its scores on tasks."""
+    from ssmc import evaluate
     from ssmc.cli import tasks as scores
     from ssmc.cli.target import check_choice, choose_execution, open_target
     from ssmc.demo import evaluation_file
-    from ssmc.evaluate import perplexity
 
     check_choice("mode", mode, ("prefill", "recurrent"))
-    of_text = text is not None or by_length or mode != "prefill"
+    of_text = bool(text or last_word or passages) or by_length or mode != "prefill"
     scores.check_options(tasks, bool(include or baseline), of_text)
     asked = scores.find(tasks, include or ()) if tasks is not None else None
     opened = open_target(target, backend, device)
@@ -66,12 +75,14 @@ def run(
     start = time.perf_counter()
     with output.progress(f"scoring {target}") as report:
         size = batch or (8 if mode == "prefill" else 64)
-        result = perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
+        result = evaluate.perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
+    said = None if last_word is None else _last_words(target, opened, last_word, passages)
     overlap = opened.overlap(windows)
     if as_json:
         about = {"target": target, "mode": mode, "seconds": seconds, "calibration_overlap": overlap}
-        output.say_json(about | asdict(result))
+        words = {"last_word": asdict(said)} if said else {}
+        output.say_json(about | asdict(result) | words)
         return
     output.say(f"target       {target}")
     output.say(
@@ -80,8 +91,20 @@ def run(
     )
     for part in result.by_length if by_length else ():
         output.say(f"{part.first:>6}-{part.last:<6}{part.perplexity:.4f}")
+    if said is not None:
+        output.say(f"last word    {said.accuracy:.1%} of {said.passages} passages")
     if overlap is not None:
         _say_overlap(overlap)
+
+
+def _last_words(target: str, opened: Target, file: Path, limit: int | None) -> LastWord:
+    """How many of the first `limit` passages in a file the model continues by their last word."""
+    from ssmc.corpus import read_texts
+    from ssmc.evaluate import last_word
+
+    texts, (tokenizer, eos) = read_texts(file)[:limit], opened.encoder()
+    with output.progress(f"last words {target}") as report:
+        return last_word(opened.run, tokenizer, texts, eos, progress=report)
 
 
 def _say_overlap(share: float) -> None:

@@ -26,11 +26,12 @@ def run(
     diff: Annotated[bool, typer.Option("--diff", help="What passes changed.")] = False,
     params: Annotated[bool, typer.Option("--params", help="Statistics of the tensors.")] = False,
     numerics: Annotated[
-        bool, typer.Option("--numerics", help="Signal-to-noise a block, worst first.")
+        bool,
+        typer.Option("--numerics", help="Signal-to-noise by blocks and operators, worst first."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Look at a graph: as text, what passes changed, its tensors, or its error block by block."""
+    """Look at a graph: as text, what passes changed, its tensors, or where its errors are."""
     from ssmc.errors import UsageError
     from ssmc.runtime import is_artefact
 
@@ -54,8 +55,13 @@ def run(
 class _View:
     name: str
     graph: Graph
-    records: list[dict[str, Any]]
-    numerics: list[dict[str, Any]]
+    report: dict[str, Any]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One a pass."""
+        found: list[dict[str, Any]] = self.report["passes"]
+        return found
 
 
 def _of_artefact(target: str, after: str | None, *, graph_needed: bool) -> _View:
@@ -75,7 +81,7 @@ def _of_artefact(target: str, after: str | None, *, graph_needed: bool) -> _View
             f"{target} holds the graph after its last pass, {names[-1]}",
             hint=f"add --diff, or inspect the model itself: ssmc inspect MODEL --after {after}",
         )
-    return _View(target, artefact.graph, records, artefact.report["numerics"])
+    return _View(target, artefact.graph, artefact.report)
 
 
 def _of_model(
@@ -92,9 +98,9 @@ def _of_model(
     source = read_source(target, recipe)
     if complete:
         compiled = compile_source(source, recipe, Hooks())
-        return _View(target, compiled.graph, compiled.report["passes"], compiled.report["numerics"])
+        return _View(target, compiled.graph, compiled.report)
     report = run_passes(source.graph, plan[:stop], make_context(source, recipe, Hooks()))
-    return _View(target, source.graph, report.to_json(), [])
+    return _View(target, source.graph, {"passes": report.to_json()})
 
 
 def _stop(names: list[str], after: str | None) -> int:
@@ -191,15 +197,20 @@ def _show_params(view: _View, layer: int | None, as_json: bool) -> None:
 
 
 def _show_numerics(view: _View, layer: int | None, as_json: bool) -> None:
-    blocks = [row for row in view.numerics if layer in (None, row["block"])]
+    blocks = [row for row in view.report["numerics"] if layer in (None, row["block"])]
     _check_layer(view, blocks, layer)
+    mine = "" if layer is None else f"layer.{layer}."
+    operators = [r for r in view.report.get("operators", []) if r["operator"].startswith(mine)]
     if as_json:
-        return output.say_json({"target": view.name, "blocks": blocks})
+        return output.say_json({"target": view.name, "blocks": blocks, "operators": operators})
     found = dict.fromkeys(key for row in blocks for key in row)
     columns = ["output", *(key for key in found if key not in ("block", "output"))]
     rows = [(row["block"], *(_decibels(row.get(c)) for c in columns)) for row in blocks]
     title = "signal-to-noise (dB) on the probe, worst block first"
     output.say_table([">block", *(f">{c}" for c in columns)], rows, title)
+    rows = [(r["operator"], _decibels(r["own"]), _decibels(r["output"])) for r in operators]
+    title = "operators: the error each adds itself (own), and with all before it (output)"
+    output.say_table(["operator", ">own", ">output"], rows, f"\n{title}")
 
 
 def _decibels(value: float | None) -> str:

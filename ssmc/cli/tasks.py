@@ -38,7 +38,8 @@ def check_options(tasks: str | None, of_tasks: bool, of_text: bool) -> None:
         raise UsageError("--include and --baseline go with --tasks", hint="as in --tasks embedded")
     if tasks is not None and of_text:
         raise UsageError(
-            "--tasks have texts of their own", hint="leave out --text, --mode and --by-length"
+            "--tasks have texts of their own",
+            hint="leave out --text, --mode, --by-length and --last-word",
         )
 
 

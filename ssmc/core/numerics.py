@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from ssmc.core.graph import Graph, check_finite, is_call
 from ssmc.core.pipeline import signal_to_noise
+from ssmc.core.state import fresh_states
 
 EQUAL = 300.0  # dB: what is reported for equal values, whose ratio is infinite
 Inputs = tuple[torch.Tensor, ...]
@@ -42,7 +43,7 @@ def compare_values(g: Graph, reference: Graph, names: set[str], inputs: Inputs) 
 
 def _tensors_only(seen: Callable[[fx.Node, Any], None]) -> Callable[[fx.Node, Any], None]:
     def first(node: fx.Node, value: Any) -> None:
-        value = value[0] if isinstance(value, tuple | list) else value
+        value = _first(value)
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             seen(node, value)
 
@@ -67,6 +68,47 @@ def block_numerics(g: Graph, reference: Graph, inputs: Inputs) -> list[dict[str,
         }
         rows.append(row)
     return sorted(rows, key=lambda row: row["output"])
+
+
+def operator_numerics(
+    g: Graph, reference: Graph, operators: Mapping[str, str], inputs: Inputs
+) -> list[dict[str, Any]]:
+    """A row an operator (node name and address), the worst first: signal-to-noise in dB.
+
+    `own` is that of its output where its inputs are those of `reference`, rounded as in `g`: what
+    quantising this operator adds. `output` is that with all errors that came before as well.
+    """
+    exact: dict[str, Any] = {}
+    reference.watch(lambda node, value: exact.update({node.name: value}), *inputs)
+    found = compare_values(g, reference, set(operators), inputs)
+    given = dict(zip(g.inputs, inputs, strict=True))
+    given |= fresh_states(g.states, len(inputs[0]), inputs[0].device)
+    rows = []
+    for name, address in operators.items():
+        alone = _alone(g, g.node(name), exact, given)
+        ratio = signal_to_noise(_first(alone), _first(exact[name]))
+        own = ratio if math.isfinite(ratio) else EQUAL
+        rows.append({"operator": address, "own": own, "output": found[name]})
+    return sorted(rows, key=lambda row: row["own"])
+
+
+def _alone(g: Graph, node: fx.Node, exact: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """The value of a call of `g`, made of values that are exact where the reference has them."""
+
+    def value(operand: fx.Node) -> Any:
+        if operand.op == "get_attr":
+            return g.param(operand)
+        if operand.op == "placeholder":
+            return given[operand.name]
+        return exact[operand.name] if operand.name in exact else _alone(g, operand, exact, given)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _first(value: Any) -> torch.Tensor:
+    first: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
+    return first
 
 
 def _block_outputs(g: Graph) -> dict[int, str]:

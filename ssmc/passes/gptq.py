@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.core.dialect import operands
 from ssmc.errors import NumericsError, PassError, UsageError
 from ssmc.passes._calibration import StagedRun
 from ssmc.passes._qdq import QuantisedWeight
-from ssmc.quant.gptq import Hessian, gptq
+from ssmc.quant.descent import descend
+from ssmc.quant.gptq import Hessian, corrected, gptq
 
 
 @register
@@ -27,6 +32,12 @@ class Gptq(Pass):
     folded, with int8 activations rounded, and behind layers that have their final weights already
     (section 5, 'setup'; there by blocks). Where nearest integers err no more, those stay.
 
+    `asymmetric` takes as what a layer should put out what it puts out in float, on the inputs it
+    has there, so that it makes up for what layers before it have lost (Li et al. 2025, 'GPTAQ',
+    arXiv 2504.02692, which has the name). `sweeps` is how often coordinate descent passes over
+    integers and scales afterwards (Behdin et al. 2023, 'QuantEase', arXiv 2309.01885); one takes
+    about as long as GPTQ itself.
+
     Other layers, `x_proj` and `head` where those are true. `damping` is what is added to the
     diagonal of the Hessian, as a share of its mean (section 4, step 3); `act_order` takes the
     inputs with the largest values first, as the authors' code can.
@@ -41,8 +52,12 @@ class Gptq(Pass):
     damping: float = 0.01
     x_proj: bool = False
     head: bool = False
+    asymmetric: bool = False
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
+        if self.sweeps < 0:
+            raise UsageError(f"gptq{{sweeps={self.sweeps}}}: sweeps is at least 0")
         if not 0 <= self.damping < float("inf"):
             raise UsageError(
                 f"gptq{{damping={self.damping}}}: damping is a number, at least 0",
@@ -53,15 +68,35 @@ class Gptq(Pass):
         """Layer by layer in execution order; the calibration batches run through once."""
         chosen = self._chosen(g)
         left: list[float] = []
+        expected = self._expected(g, list(chosen), context)
         for linear, batches in StagedRun(g, list(chosen), context).inputs():
             weight = chosen[linear]
-            hessian = Hessian(weight.weight.shape[1], weight.weight.device)
-            for x in batches:
-                hessian.add(x)
-            left.append(self._round(g, linear, weight, hessian))
+            value = weight.weight
+            hessian = Hessian(value.shape[1], value.device)
+            if self.asymmetric:
+                outputs = torch.zeros_like(value, dtype=torch.float64)
+                for x, y in zip(batches, next(expected), strict=True):
+                    hessian.add(x)
+                    outputs += y.flatten(0, -2).T @ x.flatten(0, -2)
+                with _named(linear):
+                    value = corrected(value, hessian, outputs, self.damping)
+            else:
+                for x in batches:
+                    hessian.add(x)
+            left.append(self._round(g, linear, weight, value, hessian))
         if left:
             share = f"{min(left):.2f} to {max(left):.2f}"
             g.note(f"outputs: {share} of the squared error of nearest integers")
+
+    def _expected(
+        self, g: Graph, linears: list[fx.Node], context: Context
+    ) -> Iterator[Iterator[Tensor]]:
+        """What each layer puts out in float in every batch, without its bias."""
+        exact: Graph = g.facts["float"]
+        nodes = [exact.node(linear.name) for linear in linears]
+        for linear, batches in StagedRun(exact, nodes, replace(context, progress=_quiet)).inputs():
+            weight = exact.param(operands(linear)["weight"])
+            yield (F.linear(x, weight) for x in batches)
 
     def _chosen(self, g: Graph) -> dict[fx.Node, QuantisedWeight]:
         """The layers to do, and their weights."""
@@ -86,16 +121,19 @@ class Gptq(Pass):
             return True
         return False
 
-    def _round(self, g: Graph, linear: fx.Node, weight: QuantisedWeight, hessian: Hessian) -> float:
-        """The squared error of the layer's outputs, as a share of that of nearest integers."""
-        form, value = weight.form, weight.weight
-        try:
+    def _round(
+        self, g: Graph, linear: fx.Node, weight: QuantisedWeight, value: Tensor, hessian: Hessian
+    ) -> float:
+        """The squared error of the layer's outputs, as a share of that of nearest integers.
+
+        `value` is what is rounded: the weight, or what makes up for errors before it.
+        """
+        form = weight.form
+        with _named(linear):
             q, scale = gptq(value, hessian, form, self.damping, self.act_order)
-        except NumericsError as error:
-            error.args = (f"{linear.name}: {error}",)
-            raise
-        s = form.scales(value)
-        nearest = hessian.error(form.values(form.round(value, s), s) - value)
+        q, scale = descend(value, q, scale, hessian, form, self.damping, self.sweeps)
+        s = form.scales(weight.weight)
+        nearest = hessian.error(form.values(form.round(weight.weight, s), s) - value)
         left = hessian.error(form.values(q, scale) - value)
         if not left < nearest:
             g.skip(linear, "nearest integers err no more")
@@ -103,3 +141,17 @@ class Gptq(Pass):
         weight.write(g, q, scale)
         g.match(linear)
         return left / nearest
+
+
+@contextlib.contextmanager
+def _named(linear: fx.Node) -> Iterator[None]:
+    """Say of an error which layer it is about."""
+    try:
+        yield
+    except NumericsError as error:
+        error.args = (f"{linear.name}: {error}",)
+        raise
+
+
+def _quiet(done: int, total: int) -> None:
+    """No progress: another run beside this one reports it."""

@@ -6,21 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import fx
-
 from ssmc.core import Context, Graph, Pass, register
-from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
-from ssmc.passes._formats import FLOAT, Bits, Override, Overrides, choose, read_override
-from ssmc.passes._qdq import Quantiser
-from ssmc.passes.linears import Linear
-from ssmc.passes.ssm_sites import Site
+from ssmc.passes._formats import Bits, Overrides, choose, read_override
+from ssmc.passes._quantising import Quantising
 from ssmc.quant.formats import columns_packed
-from ssmc.quant.weights import Range, WeightFormat
-
-GROUP = 128
-"""Columns that share a scale where an override asks for few bits and no group is given."""
-Chosen = dict[fx.Node, Override]
+from ssmc.quant.weights import Range
 
 
 @register
@@ -47,7 +38,8 @@ class Quantise(Pass):
     `weights` is the bits, 2 to 8, of in_proj and out_proj, with `scope=all` of every linear layer;
     `group` input channels share a scale (Frantar et al. 2023, arXiv 2210.17323, section 5), without
     it a row or tensor. Other layers, and those whose width is no multiple of it, keep 8 bits.
-    `range=mse` clips these weights where their squared error is least, `range=tanh` at three
+    `range=mse` clips these weights where their squared error is least, and uses every integer of
+    so many bits, with the sign of the scale that serves best; `range=tanh` clips them at three
     standard deviations, with levels spaced by a hyperbolic tangent (`ssmc/quant/weights.py`).
 
     `activations=16` quantises weights only: nothing is int8 between layers, and the linear layers
@@ -119,143 +111,9 @@ class Quantise(Pass):
 
     def run(self, g: Graph, context: Context) -> None:
         """Quantise in execution order: embedding, sites, linear layers."""
-        quantiser = self._quantiser(g)
+        g.facts["float"] = g.copy()
         chosen = choose(self.overrides, g)
-        for node in g.calls("ssmc::embedding"):
-            self._embedding(g, quantiser, node, chosen)
-        sites = self._sites(g)
-        for site in sites:
-            if self._int8_inputs(g, site.scan, chosen):
-                self._site(g, quantiser, site)
-        for conv1d in dict.fromkeys(s.conv1d for s in sites if s.conv1d):
-            if self._int8_inputs(g, conv1d, chosen):
-                self._conv1d(g, quantiser, conv1d)
-        for linear in g.facts["linears"]:
-            self._linear(g, quantiser, linear, chosen)
-        g.facts[self.name] = list(quantiser.weights.values())
+        g.facts[self.name] = Quantising(self, g, chosen).run()
         if chosen:
             counts = Counter(override.format for override in chosen.values()).items()
             g.note(f"overrides: {', '.join(f'{count} {form}' for form, count in counts)}")
-
-    def _quantiser(self, g: Graph) -> Quantiser:
-        free = self.granularity == "free"
-        return Quantiser(
-            g,
-            "channel" if free else "tensor",
-            self.margin if free else 1.0,
-            "tensor" if self._weights_per_tensor else "channel",
-            g.facts.get("sort-and-cluster"),
-        )
-
-    @property
-    def _weights_per_tensor(self) -> bool:
-        return (self.weight_scale or self.granularity) == "tensor"
-
-    def _left(self, g: Graph, node: fx.Node, chosen: Chosen) -> bool:
-        override = chosen.get(node)
-        if override is None or override.format != FLOAT:
-            return False
-        g.skip(node, f"float by {override}")
-        return True
-
-    def _bits(self, node: fx.Node, chosen: Chosen) -> Bits | None:
-        """The bits an override names for a call; None: it is as the other options say."""
-        return chosen[node].bits if node in chosen else None
-
-    def _int8_inputs(self, g: Graph, node: fx.Node, chosen: Chosen) -> bool:
-        """Whether a scan or a convolution, which have int8 inputs or none, is quantised."""
-        if self._left(g, node, chosen):
-            return False
-        bits = self._bits(node, chosen)
-        if bits and bits.activations == 16:
-            g.skip(node, f"float by {chosen[node]}")
-        return (bits.activations if bits else self.activations) == 8
-
-    def _embedding(self, g: Graph, q: Quantiser, node: fx.Node, chosen: Chosen) -> None:
-        if self._left(g, node, chosen):
-            return
-        if not self.embedding and self._bits(node, chosen) is None:
-            g.skip(node, "embedding=false")
-            return
-        ids, weight = operands(node).values()
-        node.args = (ids, q.weight(node, weight))
-        g.match(node)
-
-    def _sites(self, g: Graph) -> list[Site]:
-        """The scans that may read integers."""
-        sites: list[Site] = g.facts["ssm-sites"]
-        if self.granularity != "token":
-            return sites
-        for site in sites if self.activations == 8 else ():
-            g.skip(site.scan, "granularity=token leaves scans and convolutions in float")
-        return []
-
-    def _site(self, g: Graph, q: Quantiser, site: Site) -> None:
-        for value in (site.u, site.dt):
-            site.scan.replace_input_with(value, q.static(value))
-        for value in (site.B, site.C):
-            site.scan.replace_input_with(value, self._row(q, value))
-        gate = site.gate_norm or site.scan
-        if site.z is not None and site.z in gate.all_input_nodes:
-            gate.replace_input_with(site.z, q.static(site.z))
-        g.match(site.scan)
-
-    def _conv1d(self, g: Graph, q: Quantiser, node: fx.Node) -> None:
-        args = operands(node)
-        if args["weight"].op != "get_attr":
-            g.skip(node, f"its weight is computed, by {args['weight'].name}")
-            return
-        weight = q.weight(node, args["weight"])
-        args |= {"x": q.static(args["x"]), "weight": weight, "exact": True}
-        node.args = tuple(args.values())
-        g.match(node)
-
-    def _linear(self, g: Graph, q: Quantiser, linear: Linear, chosen: Chosen) -> None:
-        named = self._bits(linear.node, chosen)
-        if self._left(g, linear.node, chosen):
-            return
-        if named is None and linear.role == "head" and not self.head:
-            g.skip(linear.node, "head=false")
-            return
-        scoped = self.scope == "all" or linear.role in ("in_proj", "out_proj", "linear")
-        if named is None and self.activations == 16 and not scoped and linear.role != "head":
-            g.skip(linear.node, "out of scope, so in float")
-            return
-        bits = named or Bits(self.weights, self.activations)
-        x, folded = self._input(q, linear, bits)
-        form = self._format(named) if named or scoped else None
-        weight = q.weight(linear.node, linear.weight, self._fitting(g, linear, form), folded)
-        bias = operands(linear.node)["bias"]
-        linear.node.args = (x, weight, bias, bits.activations == 8)
-        g.match(linear.node)
-
-    def _format(self, named: Bits | None) -> WeightFormat:
-        """The format of a weight, by an override or by the other options."""
-        if named is None:
-            per_tensor = self._weights_per_tensor and self.group is None
-            return WeightFormat(self.weights, self.group, per_tensor, self.range)
-        if named.weights == 8:
-            return WeightFormat(tensor=self._weights_per_tensor)
-        ends: Range = "mse" if self.range == "absmax" else self.range
-        return WeightFormat(named.weights, self.group or GROUP, range=ends)
-
-    def _fitting(self, g: Graph, linear: Linear, form: WeightFormat | None) -> WeightFormat | None:
-        """`form` where the layer's width divides into it; None: 8 bits, as layers out of scope."""
-        width = g.param(linear.weight).shape[1]
-        if form is None or form.fits(width):
-            return form
-        multiple = form.group or columns_packed(form.bits)
-        g.note(f"{linear.role} keeps 8 bits: {width} is no multiple of {multiple}")
-        return None
-
-    def _input(self, q: Quantiser, linear: Linear, bits: Bits) -> tuple[fx.Node, fx.Node | None]:
-        """The input as the layer reads it, and the value whose scales its weight takes over."""
-        if bits.activations == 16:
-            return q.bfloat16(linear.input), None
-        known = q.values.get(linear.input)
-        if self.granularity == "free" and known is not None and known.scale is not None:
-            return q.folded(linear.input), linear.input
-        return self._row(q, linear.input), None
-
-    def _row(self, q: Quantiser, value: fx.Node) -> fx.Node:
-        return q.static(value) if self.granularity == "tensor" else q.dynamic(value)

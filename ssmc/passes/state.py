@@ -32,8 +32,8 @@ class State(Pass):
     of sequences moves little but its states in decoding: in bfloat16 half the bytes are almost half
     the time. Integers have no kernels yet and save memory, not time.
 
-    `bits=16` is bfloat16, as models hold them that run in 16 bits. 8, 6 and 4 bits are symmetric
-    integers, 6 bits in a byte each, 4 bits two in a byte; their scales, bfloat16, are computed
+    `bits=16` is bfloat16, as models hold them that run in 16 bits. 8, 6 and 4 bits are integers,
+    6 bits in a byte each, 4 bits two in a byte; their scales, bfloat16, are computed
     from the state of each sequence whenever it is stored. `scales=tensor` takes one scale;
     `group` one for each `group` values along the state dimension; `decoupled` one for each channel
     times one for each place in the state dimension (Chen et al. 2025, 'Q-Mamba', Findings of ACL
@@ -43,9 +43,9 @@ class State(Pass):
 
     `rounding=stochastic` rounds up with the probability of the fraction, so that a small change,
     repeated, is not lost. Its random numbers are a hash of seed, place and a count of calls, which
-    is a state as well: 4 bytes a scan. `feedback` adds what rounding took away to the state that
-    is stored next. What was taken is kept in the same format, so it doubles the bytes: 4 bits with
-    feedback cost what 8 bits cost.
+    is a state as well: 4 bytes a scan. With groups of 16 it loses least at 4 bits. `feedback` adds
+    what rounding took away to the state that is stored next. What was taken is kept in the same
+    format, so it doubles the bytes: 4 bits with feedback cost what 8 bits cost.
     """
 
     name = "state"

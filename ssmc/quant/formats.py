@@ -45,14 +45,15 @@ def scale_for(absmax: Tensor, bits: int = 8) -> Tensor:
     return bf16_up(absmax / limit).clamp(min=SMALLEST_SCALE)
 
 
-def quantize_tensor(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
-    """clamp(rint(x * (1 / scale)), -qmax, qmax) as int8; half to even, all in float32.
+def quantize_tensor(x: Tensor, scale: Tensor, bits: int = 8, lowest: int | None = None) -> Tensor:
+    """clamp(rint(x * (1 / scale)), lowest, qmax) as int8; half to even, all in float32.
 
     x float32 of any shape, scale broadcasts against it. The inverse is rounded once, then
-    multiplied, as kernels do it.
+    multiplied, as kernels do it. The range is symmetric, unless `lowest` is given.
     """
     limit = qmax(bits)
-    return torch.round(x * scale.reciprocal()).clamp(-limit, limit).to(torch.int8)
+    whole = torch.round(x * scale.reciprocal())
+    return whole.clamp(-limit if lowest is None else lowest, limit).to(torch.int8)
 
 
 def dequantize_tensor(q: Tensor, scale: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ class Hessian:
         x = x.reshape(-1, x.shape[-1]).float()
         self.matrix += x.T @ x
 
+    def damped(self, damping: float) -> Tensor:
+        """X X' with `damping` times the mean of its diagonal added to the diagonal."""
+        damped = self.matrix.clone()
+        damped.diagonal().add_(damping * self.matrix.diagonal().mean())
+        return damped
+
     def error(self, difference: Tensor) -> float:
         """The squared error of the layer's outputs, for the change [N, K] of its weight."""
         difference = difference.double()
@@ -53,7 +59,7 @@ def gptq(
     columns = torch.arange(len(diagonal), device=weight.device)
     if act_order:
         columns = diagonal.argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian.matrix[columns][:, columns], damping).float()
+    factor = _inverse_factor(hessian.damped(damping)[columns][:, columns], damping).float()
     scale = form.scales(weight)
     group = columns // (weight.shape[1] // scale.shape[1])
     renew = form.group is not None and not act_order
@@ -87,17 +93,39 @@ def _round_block(
     return q, errors
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse, [K, K] (section 4, step 3)."""
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if not failed:
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    upper, failed = torch.linalg.cholesky_ex(
+        torch.cholesky_inverse(_cholesky(damped, damping)), upper=True
+    )
     if failed:
-        raise NumericsError(
-            f"the Hessian of {len(hessian)} inputs is not positive definite, "
-            f"damped by {damping} of its mean",
-            hint="raise gptq{damping=...}, or calibrate on more text: --samples",
-        )
+        raise _not_definite(damped, damping)
     return upper
+
+
+def _cholesky(damped: Tensor, damping: float) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise _not_definite(damped, damping)
+    return lower
+
+
+def _not_definite(damped: Tensor, damping: float) -> NumericsError:
+    return NumericsError(
+        f"the Hessian of {len(damped)} inputs is not positive definite, "
+        f"damped by {damping} of its mean",
+        hint="raise gptq{damping=...}, or calibrate on more text: --samples",
+    )
+
+
+def corrected(weight: Tensor, hessian: Hessian, outputs: Tensor, damping: float = 0.01) -> Tensor:
+    """The weight [N, K] whose outputs are nearest to given ones, on the inputs of the Hessian.
+
+    `outputs` [N, K] float64 is Y X', the given outputs times the inputs X: where X is what the
+    layer reads in a quantised model and Y what it puts out in the model in float, the weight makes
+    up for errors of the layers before it (Li et al. 2025, 'GPTAQ', arXiv 2504.02692, whose sum over
+    columns this takes at once, as a regression). With damping it stays nearer to `weight`.
+    """
+    missing = outputs - weight.double() @ hessian.matrix
+    lower = _cholesky(hessian.damped(damping), damping)
+    return (weight.double() + torch.cholesky_solve(missing.T, lower).T).float()

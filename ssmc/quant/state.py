@@ -39,24 +39,35 @@ def is_packed(bits: int, width: int) -> bool:
 def state_scale(h: Tensor, scales: str, group: int, bits: int) -> Tensor:
     """The scales of h, bfloat16: 'tensor' [B, 1, ...], 'group' [..., P, N / group].
 
+    Both have a sign, so that the lowest integer, -2^(bits - 1), which has no counterpart, is there
+    for the side that reaches further (as `WeightFormat` has it for weights).
     'decoupled' [..., P + N] holds those of the channels, then those of the state dimension:
     s[p] = sqrt(mean_n |h[p, n]|) and t[n] = max_p (|h[p, n]| / s[p]) / qmax, so that s t reaches
     every value. Decoupled scale quantisation, Chen et al. 2025, 'Q-Mamba', Findings of ACL 2025
     551; this form of it is that of re-implementations, with scales of 8 significant bits.
     'decoupled-max' has s[p] = max_n |h[p, n]|: finer steps for small channels, coarser for large.
     """
-    magnitude = h.abs()
     if scales == "tensor":
-        return scale_for(magnitude.amax(tuple(range(1, h.dim())), keepdim=True), bits).bfloat16()
+        return _signed_scale(h, tuple(range(1, h.dim())), bits, keepdim=True)
     if scales == "group":
-        return scale_for(magnitude.unflatten(-1, (-1, group)).amax(-1), bits).bfloat16()
+        return _signed_scale(h.unflatten(-1, (-1, group)), (-1,), bits)
     if scales not in DECOUPLED:
         known = ", ".join(get_args(Scales))
         raise UsageError(f"unknown scales '{scales}'", hint=f"they are {known}")
+    magnitude = h.abs()
     size = magnitude.mean(-1).sqrt() if scales == "decoupled" else magnitude.amax(-1)
     channel = size.clamp(min=SMALLEST_CHANNEL).bfloat16()
     relative = magnitude / channel.float().unsqueeze(-1)
     return torch.cat([channel, scale_for(relative.amax(-2), bits).bfloat16()], -1)
+
+
+def _signed_scale(h: Tensor, dims: tuple[int, ...], bits: int, keepdim: bool = False) -> Tensor:
+    """The smallest scale by which integers from -2^(bits - 1) on reach all of h over `dims`."""
+    above, below = h.amax(dims, keepdim), -h.amin(dims, keepdim)
+    further, nearer = above.maximum(below), above.minimum(below)
+    longer = further * (qmax(bits) / (qmax(bits) + 1))
+    scale = scale_for(longer.maximum(nearer), bits)
+    return torch.where(above > below, -scale, scale).bfloat16()
 
 
 def spread_scale(scale: Tensor, scales: str, width: int) -> Tensor:
@@ -79,7 +90,7 @@ def quantize_state_tensor(
     the probability of the fraction.
     """
     scale, width = state_scale(h, scales, group, bits), h.shape[-1]
-    q = _whole(h, spread_scale(scale, scales, width), bits, noise).to(torch.int8)
+    q = _whole(h, spread_scale(scale, scales, width), bits, scales, noise).to(torch.int8)
     if is_packed(bits, width):
         q = pack(q.reshape(-1, width), 4, width).view(*h.shape[:-1], width // 2)
     return q, scale
@@ -90,14 +101,14 @@ def round_state_tensor(
 ) -> Tensor:
     """What is left of h when it has been stored: both functions at once, without the integers."""
     scale = spread_scale(state_scale(h, scales, group, bits), scales, h.shape[-1])
-    return _whole(h, scale, bits, noise) * scale
+    return _whole(h, scale, bits, scales, noise) * scale
 
 
-def _whole(h: Tensor, scale: Tensor, bits: int, noise: Tensor | None) -> Tensor:
+def _whole(h: Tensor, scale: Tensor, bits: int, scales: str, noise: Tensor | None) -> Tensor:
     limit = qmax(bits)
-    grid = h * scale.clamp(min=SMALLEST_SCALE).reciprocal()
+    grid = h * scale.abs().clamp(min=SMALLEST_SCALE).copysign(scale).reciprocal()
     whole = torch.round(grid) if noise is None else torch.floor(grid + noise)
-    return whole.clamp(-limit, limit)
+    return whole.clamp(-limit - (scales not in DECOUPLED), limit)
 
 
 def dequantize_state_tensor(q: Tensor, scale: Tensor, scales: str) -> Tensor:

@@ -39,6 +39,12 @@ class WeightFormat:
     largest magnitude (`absmax`), or for what of it gives the least squared error (`mse`: Choukroun
     et al. 2019, arXiv 1902.06822, section 3). Integers are multiples of their scale, or with `tanh`
     stand for levels that are denser near zero (`tanh_levels`).
+
+    Fewer than 8 bits with `mse` use the integer -2^(bits - 1) as well, which a symmetric range
+    leaves out, and choose the sign of the scale, so that it reaches out to the side that needs it.
+    That is one level of 16 more at 4 bits and one of four at 2. (The largest magnitude on the
+    lowest integer: `quantize_row_q4_0` of llama.cpp; signed normalisation of Blumenberg et al.
+    2025, arXiv 2505.06653.)
     """
 
     bits: int = 8
@@ -50,6 +56,11 @@ class WeightFormat:
     def packed(self) -> bool:
         """Whether the integers are stored packed; whole rows of uniform 8 bits are int8."""
         return self.bits < 8 or self.group is not None or self.range == "tanh"
+
+    @property
+    def lowest(self) -> int:
+        """The lowest integer."""
+        return -qmax(self.bits) - (self.range == "mse" and self.bits < 8)
 
     def fits(self, width: int) -> bool:
         """Whether a weight of `width` input channels divides into groups and whole bytes."""
@@ -75,14 +86,21 @@ class WeightFormat:
         return weight.reshape(1 if self.tensor else len(weight), 1, -1)
 
     def _of_least_error(self, runs: Tensor, largest: Tensor) -> Tensor:
-        scales = [scale_for(largest * fraction, self.bits) for fraction in CANDIDATES]
-        errors = []
+        scales, errors = self._candidates(largest), []
         for scale in scales:
             s = scale.unsqueeze(2)
-            rounded = dequantize_tensor(quantize_tensor(runs, s, self.bits), s)
+            rounded = dequantize_tensor(quantize_tensor(runs, s, self.bits, self.lowest), s)
             errors.append((rounded - runs).square().sum(2))
         best = torch.stack(errors).argmin(0, keepdim=True)
         return torch.stack(scales).gather(0, best).squeeze(0)
+
+    def _candidates(self, largest: Tensor) -> list[Tensor]:
+        """Scales that are tried: with a lowest integer of its own, of both signs, ending there."""
+        end = qmax(self.bits) / -self.lowest
+        scales = [scale_for(largest * (end * fraction), self.bits) for fraction in CANDIDATES]
+        if end == 1:
+            return scales
+        return [scale_for(largest, self.bits), *scales, *(-scale for scale in scales)]
 
     def round(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The integers int8 [N, K] nearest to weight [N, K], saturating; scale [N, G]."""
@@ -90,7 +108,7 @@ class WeightFormat:
         if self.range == "tanh":
             runs = torch.tanh(SIGMAS * runs / scale) / math.tanh(SIGMAS) * qmax(self.bits)
             scale = torch.ones_like(scale)
-        return quantize_tensor(runs, scale, self.bits).flatten(1)
+        return quantize_tensor(runs, scale, self.bits, self.lowest).flatten(1)
 
     def values(self, q: Tensor, scale: Tensor) -> Tensor:
         """What integers [N, K] stand for, float32 [N, K]; scale [N, G]."""

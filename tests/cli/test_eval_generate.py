@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,28 @@ def test_eval_by_length(call: Call, tiny_artefact: Path, tiny_folder: Path) -> N
     assert [float(line.split()[1]) for line in lines] == pytest.approx(
         [part["perplexity"] for part in data["by_length"]], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("which", ["model", "artefact"])
+def test_eval_of_last_words(
+    call: Call, tiny_folder: Path, tiny_artefact: Path, tmp_path: Path, which: str
+) -> None:
+    target = tiny_folder if which == "model" else tiny_artefact
+    model = (
+        ssmc.load(target)
+        if which == "artefact"
+        else ssmc.trace(ssmc.load_model(str(target)).module)
+    )
+    ids = torch.tensor([[EOS, 3, 5, 7]])
+    said = int(model(ids)[0][0, -1].argmax())
+    texts = [f"w3 w5 w7 w{said}", f"w3 w5 w7 w{said + 1}", "w3 w5 w7 w2"]
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    text = ("--text", tiny_folder / "text.txt", "--window", 20, "--limit", 1)
+    asked = ("eval", target, *text, "--last-word", passages, "--passages", 2)
+    assert call(*asked, "--json").json["last_word"] == {"accuracy": 0.5, "passages": 2}
+    assert "last word    50.0% of 2 passages" in call(*asked).out.splitlines()
+    assert "last_word" not in call("eval", target, *text, "--json").json
 
 
 def test_eval_notices_what_was_calibrated_on(

@@ -9,6 +9,7 @@ import pytest
 from tiny import write_model
 
 import ssmc
+from ssmc.errors import UsageError
 from ssmc.recipe import Recipe, builtin_recipes, find_recipe
 
 from .conftest import Call, legible
@@ -109,3 +110,22 @@ def test_a_wrong_name_gets_one_message(
     assert ended.code == 2
     assert message in ended.error
     assert hint in ended.error
+
+
+def test_the_python_api_takes_what_the_command_line_takes(tiny_model: Path, tmp_path: Path) -> None:
+    text = str(tiny_model / "text.txt")
+    few = {"calibration": text, "samples": 2, "length": 48}
+    model = ssmc.compile(str(tiny_model), recipe="quamba", **few)  # type: ignore[arg-type]
+    expected = find_recipe("quamba", **few)
+    assert [p.name for p in find_recipe(model.save(tmp_path / "out") / "ssmc.json").plan()] == [
+        p.name for p in expected.plan()
+    ]
+    assert model.about["recipe"]["samples"] == 2
+    other = ssmc.compile(
+        str(tiny_model), recipe=builtin_recipes()["quamba"], passes=["hadamard", "absmax"], **few
+    )  # type: ignore[arg-type]
+    names = [next(iter(p)) for p in other.about["recipe"]["passes"]]
+    assert "absmax" in names
+    assert "percentile" not in names
+    with pytest.raises(UsageError, match="cannot read recipe quambo"):
+        ssmc.compile(str(tiny_model), recipe="quambo")

@@ -113,6 +113,7 @@ def test_inspect_views_of_an_artefact(
 def test_inspect_numerics_has_the_worst_block_first(call: Call, tiny_artefact: Path) -> None:
     lines = legible(call("inspect", tiny_artefact, "--numerics"))
     assert lines[1].split()[:2] == ["block", "output"]
+    lines = lines[: lines.index("")] if "" in lines else lines
     outputs = [float(line.split()[1]) for line in lines[2:]]
     assert outputs == sorted(outputs)
     assert len(outputs) == 3
@@ -120,6 +121,19 @@ def test_inspect_numerics_has_the_worst_block_first(call: Call, tiny_artefact: P
     assert [b["output"] for b in blocks] == pytest.approx(outputs, abs=0.051)
     (one,) = call("inspect", tiny_artefact, "--numerics", "--layer", 1, "--json").json["blocks"]
     assert one["block"] == 1
+
+
+def test_inspect_numerics_has_the_worst_operator_first(call: Call, tiny_artefact: Path) -> None:
+    data = call("inspect", tiny_artefact, "--numerics", "--json").json["operators"]
+    names = [row["operator"] for row in data]
+    expected = {f"layer.{i}.{role}" for i in range(3) for role in
+                ("in_proj", "conv1d", "x_proj", "dt_proj", "scan", "out_proj")}  # fmt: skip
+    assert set(names) == expected | {"embedding", "head"}
+    assert [row["own"] for row in data] == sorted(row["own"] for row in data)
+    printed = legible(call("inspect", tiny_artefact, "--numerics"))
+    assert [line.split()[0] for line in printed[-len(names) :]] == names
+    one = call("inspect", tiny_artefact, "--numerics", "--layer", 1, "--json").json["operators"]
+    assert {row["operator"] for row in one} == {n for n in names if n.startswith("layer.1.")}
 
 
 def test_inspect_params_are_those_of_the_tensors(call: Call, tiny_artefact: Path) -> None:
@@ -150,7 +164,7 @@ def test_inspect_a_model_after_a_pass(call: Call, tiny_folder: Path) -> None:
     assert "ssmc::hadamard" in after
     assert "quantize" not in after
     numerics = legible(call("inspect", tiny_folder, "--numerics", *text))
-    assert len(numerics) == 2 + 3
+    assert len(numerics) == 2 + 3 + 1 + 2 + 3 * 6 + 2
     ended = call("inspect", tiny_folder, "--diff", "--after", "fold-norm", *text)
     assert ended.out.startswith("fold-norm   ")
 

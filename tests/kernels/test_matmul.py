@@ -118,8 +118,9 @@ def test_no_rows(device: torch.device) -> None:
 
 
 def packed(n: int, k: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-    return pack(q, 4, group), scale((n, k // group), device)
+    q = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
+    signs = torch.randint(0, 2, (n, k // group), device=device) * 2 - 1
+    return pack(q, 4, group), signs * scale((n, k // group), device)
 
 
 def close(got: Tensor, expected: Tensor) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.quant.formats import pack, quantize_tensor, quantize_weight, scale_for
+from ssmc.quant.formats import quantize_weight, scale_for
+from ssmc.quant.weights import WeightFormat
 
 pytest.importorskip("triton")
 
@@ -30,9 +31,9 @@ def weight(n: int, k: int, group: int = 0) -> tuple[Tensor, Tensor]:
     w = torch.randn(n, k)
     if not group:
         return quantize_weight(w)
-    scale = scale_for(w.view(n, -1, group).abs().amax(-1), bits=4)
-    q = quantize_tensor(w.view(n, -1, group), scale.unsqueeze(-1), bits=4)
-    return pack(q.view(n, k), 4, group), scale
+    form = WeightFormat(4, group, range="mse")  # has -8, and negative scales
+    scale = form.scales(w)
+    return form.store(form.round(w, scale), scale)
 
 
 def vector(n: int) -> Tensor:

@@ -114,6 +114,29 @@ def test_act_order_and_damping_change_the_integers() -> None:
         assert 0.01 < (a != b).float().mean() < 0.8, option
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantise", ["quantise{weights=3,group=8}", W4])
+def test_asymmetric_makes_up_for_what_was_lost_before(kind: str, quantise: str) -> None:
+    exact = graph(kind)
+    apply(exact, "fold-norm,hadamard,fold-a-log,absmax")
+    errors = []
+    for option in ("", "{asymmetric=true,damping=0.001}"):
+        _, g, record = rounded(kind, quantise, f"gptq{option}")
+        assert record.matched
+        name = [n for n in record.matched if "in_proj" in n][-1]  # of a layer behind the first
+        found, wanted = (seen(x, x.node(name)) for x in (g, exact))
+        errors.append(((found - wanted).norm() / wanted.norm()).item())
+    assert errors[1] < 0.97 * errors[0], errors
+
+
+def test_sweeps_err_less_on_what_the_layers_read() -> None:
+    shares = []
+    for option in ("", "{sweeps=3}"):
+        _, _, record = rounded("mamba2", W4, f"gptq{option}")
+        shares.append(float(record.notes[0].split()[3]))
+    assert shares[1] < 0.97 * shares[0], shares
+
+
 def test_x_proj_and_head_where_they_are_named() -> None:
     all_layers = "quantise{scope=all,weights=4}"
     _, _, record = rounded("mamba", all_layers)
@@ -154,6 +177,8 @@ def test_what_it_needs_is_said() -> None:
     for option in ("damping=-1", "damping=nan"):
         with pytest.raises(UsageError, match=r"gptq\{damping=.*at least 0"):
             parse_passes(f"gptq{{{option}}}")
+    with pytest.raises(UsageError, match="sweeps is at least 0"):
+        parse_passes("gptq{sweeps=-1}")
     with pytest.raises(UsageError, match="no option 'actorder'") as unknown:
         parse_passes("gptq{actorder=true}")
     assert unknown.value.hint == "did you mean act_order?"

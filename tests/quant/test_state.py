@@ -40,8 +40,22 @@ def test_every_value_is_within_half_a_step(shape: tuple[int, ...], scales: str, 
     assert (q.dtype, scale.dtype) == (torch.uint8 if bits == 4 else torch.int8, torch.bfloat16)
     step = spread_scale(scale, scales, h.shape[-1])
     back = dequantize_state_tensor(q, scale, scales)
-    assert ((back - h).abs() <= step * (0.5 + 1e-5)).all()
-    assert (back / step).round().abs().max() == qmax(bits)
+    assert ((back - h).abs() <= step.abs() * (0.5 + 1e-5)).all()
+    integers = (back / step).round()
+    if scales in ("tensor", "group"):
+        assert integers.min() == -qmax(bits) - 1
+    else:
+        assert integers.abs().max() == qmax(bits)
+
+
+@pytest.mark.parametrize("scales", ["tensor", "group"])
+@pytest.mark.parametrize(("above", "below"), [(8.0, -6.0), (6.0, -8.0), (7.5, -7.0), (7.0, -7.5)])
+def test_the_side_that_reaches_further_has_one_integer_more(
+    above: float, below: float, scales: str
+) -> None:
+    h = torch.tensor([above, below, 0.25, 1.0]).view(1, 1, 4)
+    _, scale = quantize_state_tensor(h, 4, scales, 4)
+    assert scale.item() == (-1 if above > -below else 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -52,7 +66,8 @@ def test_four_bits_take_half_the_bytes_and_an_odd_width_a_byte_each(shape: tuple
     odd = h[..., 1:]
     q, scale = quantize_state_tensor(odd, 4, "tensor", 4)
     assert q.nbytes == odd.numel()
-    assert (dequantize_state_tensor(q, scale, "tensor") - odd).abs().max() <= 0.51 * scale.max()
+    off = (dequantize_state_tensor(q, scale, "tensor") - odd).abs().max()
+    assert off <= 0.51 * scale.abs().max()
 
 
 def test_finer_scales_err_less_where_channels_and_places_differ() -> None:

@@ -60,8 +60,7 @@ def test_what_is_stored_is_what_was_rounded(given_format: tuple[WeightFormat, in
 def test_quantising_again_changes_nothing(given_format: tuple[WeightFormat, int]) -> None:
     form, width = given_format
     scale = form.scales(torch.randn(2, width))
-    limit = qmax(form.bits)
-    q = torch.randint(-limit, limit + 1, (2, width), dtype=torch.int8)
+    q = torch.randint(form.lowest, qmax(form.bits) + 1, (2, width), dtype=torch.int8)
     assert torch.equal(form.round(form.values(q, scale), scale), q)
 
 
@@ -123,11 +122,45 @@ def test_the_range_of_least_error_is_no_worse(given_format: tuple[WeightFormat, 
 
 def test_the_range_of_least_error_is_the_optimal_one_of_a_normal_distribution() -> None:
     weight = torch.randn(1, 1 << 16)
-    # Of a ternary quantiser the step is 1.224 sigma: Max 1960, table I, three levels.
-    scale = WeightFormat(2, range="mse").scales(weight).item()
-    assert scale == pytest.approx(1.224, rel=0.06)
+    scale = WeightFormat(2, range="mse").scales(weight).abs().item()
+    steps = torch.linspace(0.5, 2, 151)  # of levels -2, -1, 0 and 1
+    errors = [((weight / s).round().clamp(-2, 1) * s - weight).norm().item() for s in steps]
+    assert scale == pytest.approx(steps[errors.index(min(errors))].item(), rel=0.06)
     low_bits = [error(WeightFormat(2, range=r), weight) for r in ("absmax", "mse")]
     assert low_bits[1] < 0.6 * low_bits[0]
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_lowest_integer_is_used_on_the_side_that_reaches_further(bits: int, side: int) -> None:
+    weight = torch.arange(1.0, 2 ** (bits - 1) + 1).repeat(2, 1)
+    weight[1] *= -1
+    weight[:, :-1] *= torch.tensor([-1.0, 1.0]).repeat(1, 64)[:, : weight.shape[1] - 1]
+    weight *= side
+    form = WeightFormat(bits, range="mse")
+    scale = form.scales(weight)
+    assert scale.flatten().tolist() == [-side, side]
+    assert (form.round(weight, scale)[:, -1] == -(2 ** (bits - 1))).all()
+    assert torch.equal(rounded(form, weight), weight)
+
+
+def test_one_level_more_errs_less() -> None:
+    weight = torch.randn(64, 256)
+    for bits, share in ((2, 0.85), (3, 0.9), (4, 0.93)):
+        symmetric = replace(WeightFormat(bits, 32, range="mse"))
+        scale = best_symmetric(symmetric, weight)
+        q = (weight.unflatten(1, (-1, 32)) / scale).round().clamp(-qmax(bits), qmax(bits))
+        left = (q * scale).flatten(1) - weight
+        assert error(symmetric, weight) < share * (left.norm() / weight.norm()).item()
+
+
+def best_symmetric(form: WeightFormat, weight: Tensor) -> Tensor:
+    """The scales [N, G, 1] of least error of symmetric integers, by a fine search."""
+    runs, limit = weight.unflatten(1, (-1, form.group or 1)), qmax(form.bits)
+    scales = [runs.abs().amax(2, True) / limit * f for f in torch.linspace(0.3, 1, 71)]
+    errors = [((runs / s).round().clamp(-limit, limit) * s - runs).norm(dim=2) for s in scales]
+    best = torch.stack(errors).argmin(0)[None, ..., None]
+    return torch.stack(scales).gather(0, best)[0]
 
 
 # -- levels spaced by a hyperbolic tangent --------------------------------------------------------

@@ -55,11 +55,19 @@ def test_a_wide_bound_takes_all_that_saves(trials: MakeTrials) -> None:
         assert (form == "w4a16") == (saves < found.start.bytes)
 
 
-def test_a_tight_bound_leaves_the_start(trials: MakeTrials) -> None:
+def test_a_tight_bound_leaves_what_would_go_beyond_it(trials: MakeTrials) -> None:
     tried = trials()
-    found = search(tried, Limits(_loss(tried, "w8a8") * 1.0001, ("w8a8", "w2a16")))
+    bound = _loss(tried, "w8a8") * 1.0001
+    found = search(tried, Limits(bound, ("w8a8", "w2a16")))
     assert found.met
-    assert found.overrides == ("*:w8a8",)
+    assert found.score.loss <= bound
+    beyond = [
+        unit
+        for unit in shared_units(tried.graph)
+        if tried.score(("*:w8a8", *(f"{o.address}:w2a16" for o in unit.operators))).loss > bound
+    ]
+    assert len(beyond) == 5  # in_proj and out_proj of two layers, and the embedding with the head
+    assert {found.formats[o.address] for unit in beyond for o in unit.operators} == {"w8a8"}
 
 
 def test_a_start_that_fails_is_repaired_where_it_is_spoilt(trials: MakeTrials) -> None:

@@ -25,7 +25,7 @@ def weight(n: int, k: int, bits: int, device: torch.device) -> tuple[Tensor, Ten
     """A weight [n, k] of 8 or 4 bits, and its scales."""
     if bits == 8:
         return integers(n, k, device=device), scales(n, 1, device=device)
-    q = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
+    q = torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device)
     return pack(q, 4, GROUP), scales(n, k // GROUP, device=device)
 
 
