@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -156,8 +157,16 @@ def is_causal_lm(module: nn.Module) -> bool:
 
 
 def logits(module: nn.Module, input_ids: Any) -> Any:
-    """The logits [B, L, V] of a causal language model for token ids [B, L]."""
-    return module(input_ids=input_ids, use_cache=False, return_dict=True).logits
+    """The logits [B, L, V] of a causal language model for token ids [B, L].
+
+    Where the model would make positions and masks of the length, which adapters need none of, it is
+    handed some as if they were made: a mask of four dimensions is passed on as it is.
+    """
+    given: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        given["position_ids"] = torch.zeros(1, 1, dtype=torch.int64)
+        given["attention_mask"] = torch.zeros(1, 1, 1, 1)
+    return module(input_ids=input_ids, **given).logits
 
 
 def eos_token_id(module: Any) -> int | list[int] | None:

@@ -25,7 +25,7 @@ MAMBA2_NORMS = ("norm",)
 
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-_CACHE_ARGUMENTS = {"cache_params", "past_key_values", "inference_params"}
+CACHE_ARGUMENTS = {"cache_params", "past_key_values", "inference_params"}
 
 
 def is_mamba1(module: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def _is_mixer(
     takes = inspect.signature(module.forward).parameters
     return (
         set(required) <= held <= {*required, *optional}
-        and not _CACHE_ARGUMENTS.isdisjoint(takes)
+        and not CACHE_ARGUMENTS.isdisjoint(takes)
         and module.A_log.ndim == A_log_dims
     )
 

@@ -6,9 +6,13 @@ from torch import nn
 
 from ssmc.errors import UnsupportedError
 from ssmc.frontend.adapters import adapter_of
+from ssmc.frontend.attention import ATTENTION
 from ssmc.frontend.mixers import MAMBA1, MAMBA2
 
-_WANTED = f"a Mamba-1 mixer ({', '.join(MAMBA1)}) or a Mamba-2 mixer ({', '.join(MAMBA2)})"
+_WANTED = (
+    f"a Mamba-1 mixer ({', '.join(MAMBA1)}), a Mamba-2 mixer ({', '.join(MAMBA2)}) or causal "
+    f"attention ({', '.join(ATTENTION)}) whose computation is known"
+)
 
 
 def check_supported(module: nn.Module) -> None:

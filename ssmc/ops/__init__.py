@@ -4,6 +4,7 @@ Each is `torch.ops.ssmc.<name>` with a reference in plain torch, a fake kernel a
 [batch, length, channels]; all are functional and take torch.fx proxies.
 """
 
+from ssmc.ops.attention import attention, cache_append, rotary_embedding
 from ssmc.ops.conv import causal_conv1d
 from ssmc.ops.fused_conv import int8_causal_conv1d_quantize, int8_causal_conv1d_split
 from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize, int8_linear_split
@@ -38,6 +39,8 @@ from ssmc.ops.steps import (
 
 __all__ = [
     "add_rms_norm_quantize",
+    "attention",
+    "cache_append",
     "causal_conv1d",
     "dequantize",
     "dequantize_groups",
@@ -67,6 +70,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_gated",
     "rms_norm_quantize",
+    "rotary_embedding",
     "selective_scan",
     "selective_scan_step",
     "ssd_scan",

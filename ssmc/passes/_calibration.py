@@ -71,9 +71,9 @@ class StagedRun:
 
     def inputs(self) -> Iterator[tuple[fx.Node, Iterator[torch.Tensor]]]:
         """Each layer, in execution order, with its input in every batch, to be read to the end."""
-        fresh = functools.cache(lambda size, device: fresh_states(self.g.states, size, device))
+        fresh = functools.cache(functools.partial(fresh_states, self.g.states))
         values = [
-            self._start(batch, fresh(len(batch[0]), batch[0].device))
+            self._start(batch, fresh(len(batch[0]), batch[0].device, self.g.tokens(batch)))
             for batch in self.context.given()
         ]
         done = 0

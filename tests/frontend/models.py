@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 VOCABULARY = 97
 SHAPES = [(3, 17), (1, 1), (2, 64)]
-ARCHITECTURES = ["mamba", "mamba-no-conv-bias", "mamba2", "mamba2-groups", "falcon"]
+ARCHITECTURES = [
+    "mamba",
+    "mamba-no-conv-bias",
+    "mamba2",
+    "mamba2-groups",
+    "falcon",
+    "llama",
+    "llama-biases",
+]
 
 
 def build(architecture: str, **changes: Any) -> nn.Module:
@@ -18,6 +26,7 @@ def build(architecture: str, **changes: Any) -> nn.Module:
 
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3}
     mamba2 = {"state_size": 12, "num_heads": 6, "head_dim": 8, "chunk_size": 8}
+    llama = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
     model_class, config_class, options = {
         "mamba": (hf.MambaForCausalLM, hf.MambaConfig, {"state_size": 5}),
         "mamba-no-conv-bias": (
@@ -30,6 +39,18 @@ def build(architecture: str, **changes: Any) -> nn.Module:
             hf.Mamba2ForCausalLM,
             hf.Mamba2Config,
             {**mamba2, "n_groups": 2, "time_step_limit": (0.01, 0.5)},
+        ),
+        "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, llama),
+        "llama-biases": (
+            hf.LlamaForCausalLM,
+            hf.LlamaConfig,
+            {
+                **llama,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "head_dim": 10,
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+            },
         ),
         "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
     }[architecture]

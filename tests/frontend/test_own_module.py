@@ -251,13 +251,17 @@ def test_wrong_example_inputs(module: nn.Module, inputs: Any, message: str) -> N
 def test_language_model_without_mixers_is_refused() -> None:
     import transformers as hf
 
-    config = hf.LlamaConfig(
-        vocab_size=31, hidden_size=32, intermediate_size=16, num_hidden_layers=1
+    config = hf.GPTNeoXConfig(
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
     )
     with pytest.raises(
-        UnsupportedError, match=r"in_proj.*found in 'model.layers.0' a LlamaDecoder"
+        UnsupportedError, match=r"in_proj.*q_proj.*found in 'gpt_neox.layers.0' a GPTNeoXLayer"
     ):
-        trace(hf.LlamaForCausalLM(config))
+        trace(hf.GPTNeoXForCausalLM(config))
 
 
 def test_mixer_with_further_tensors_is_not_taken_for_one() -> None:
