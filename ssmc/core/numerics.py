@@ -14,7 +14,10 @@ from ssmc.core.pipeline import signal_to_noise
 
 EQUAL = 300.0  # dB: what is reported for equal values, whose ratio is infinite
 Inputs = tuple[torch.Tensor, ...]
-PARTS = {"conv1d": "conv1d out", "scan": "scan out", "out_proj": "out_proj out"}
+PARTS = {
+    role: f"{role} out"
+    for role in ("conv1d", "scan", "out_proj", "attention", "o_proj", "down_proj")
+}
 
 
 def compare_values(g: Graph, reference: Graph, names: set[str], inputs: Inputs) -> dict[str, float]:

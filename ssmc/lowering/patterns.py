@@ -39,6 +39,11 @@ def _conv1d(g: Graph, m: Match) -> fx.Node | None:
     return g.call("ssmc::int8_causal_conv1d", *args, like=m.node)
 
 
+def _attention(g: Graph, m: Match) -> fx.Node:
+    args = (m.q, m.k_q, m.k_scale, m.v_q, m.v_scale, m.position, m.scale)
+    return g.call("ssmc::int8_attention", *args, like=m.node)
+
+
 def _selective_scan(g: Graph, m: Match) -> fx.Node:
     rest = operands(m.node)
     z = (m.captures.get("z_q"), m.captures.get("z_scale"))
@@ -72,6 +77,7 @@ RULES: Rules = (
     (op.linear(_BFLOAT16, _INT4, "bias", False), _linear_int4),
     (op.embedding("ids", _dequantised("w")), _embedding),
     (_CONV1D, _conv1d),
+    (op.attention("q", _dequantised("k"), _dequantised("v"), "position", "scale"), _attention),
     (op.selective_scan(*_SCAN, "D", _dequantised("z")), _selective_scan),
     (op.selective_scan(*_SCAN, "D", None), _selective_scan),
     (op.ssd_scan(*_SCAN), _ssd_scan),

@@ -4,7 +4,7 @@ Each is `torch.ops.ssmc.<name>` with a reference in plain torch, a fake kernel a
 [batch, length, channels]; all are functional and take torch.fx proxies.
 """
 
-from ssmc.ops.attention import attention, cache_append, rotary_embedding
+from ssmc.ops.attention import attention, cache_append, int8_attention, rotary_embedding
 from ssmc.ops.conv import causal_conv1d
 from ssmc.ops.fused_conv import int8_causal_conv1d_quantize, int8_causal_conv1d_split
 from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize, int8_linear_split
@@ -51,6 +51,7 @@ __all__ = [
     "hadamard_quantize",
     "in_proj_conv_step",
     "int4_linear",
+    "int8_attention",
     "int8_causal_conv1d",
     "int8_causal_conv1d_quantize",
     "int8_causal_conv1d_split",

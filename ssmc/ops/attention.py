@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmc.errors import UsageError
 from ssmc.ops.registry import expect_shape, operator
+from ssmc.quant.formats import dequantize_tensor
 
 
 def _check_rotary(x: Tensor, frequencies: Tensor, position: Tensor) -> None:
@@ -103,9 +104,7 @@ def attention(
     is that of the first query. `scale` is 1 / sqrt(P) when None. Returns [B, L, H, V].
     """
     check_attention("attention", q, k, v, position)
-    if not q.is_cuda:  # rows that nothing looks at; a GPU would be waited for
-        seen = int(position.max()) + q.shape[1]
-        k, v = k[:, :seen], v[:, :seen]
+    k, v = (_seen(cache, q, position) for cache in (k, v))
     grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)  # [B, G, H / G, L, P]
     scores = grouped @ k.permute(0, 2, 3, 1).unsqueeze(2)
     scores = scores * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -114,3 +113,28 @@ def attention(
     weights = scores.masked_fill(later[:, None, None], -math.inf).softmax(-1)
     y = weights @ v.permute(0, 2, 1, 3).unsqueeze(2)
     return y.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
+
+
+def _seen(cache: Tensor, q: Tensor, position: Tensor) -> Tensor:
+    """The rows that a query looks at; all of them on a GPU, which would be waited for."""
+    return cache if q.is_cuda else cache[:, : int(position.max()) + q.shape[1]]
+
+
+@operator(lambda q, k_q, k_scale, v_q, *_: q.new_empty((*q.shape[:3], v_q.shape[-1])))
+def int8_attention(
+    q: Tensor,
+    k_q: Tensor,
+    k_scale: Tensor,
+    v_q: Tensor,
+    v_scale: Tensor,
+    position: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention` of float32 q over int8 k_q [B, T, G, P] and v_q [B, T, G, V].
+
+    Their scales [B, T, G, 1], float32 or bfloat16, are one for each token and head. Returns float32
+    [B, L, H, V].
+    """
+    pairs = ((k_q, k_scale), (v_q, v_scale))
+    k, v = (dequantize_tensor(*(_seen(c, q, position) for c in pair)) for pair in pairs)
+    return attention(q, k, v, position, scale)

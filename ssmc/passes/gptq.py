@@ -17,7 +17,7 @@ from ssmc.quant.gptq import Hessian, gptq
 @register
 @dataclass(frozen=True)
 class Gptq(Pass):
-    """Round the weights of in_proj and out_proj so that the outputs err least on calibration text.
+    """Round the weights of linear layers so that the outputs err least on calibration text.
 
     Replaces:  linear(x, dequantize(round(W), s))
     With:      linear(x, dequantize(Q, s')),  Q and s' in the same format: bits, groups, packing
@@ -27,7 +27,7 @@ class Gptq(Pass):
     folded, with int8 activations rounded, and behind layers that have their final weights already
     (section 5, 'setup'; there by blocks). Where nearest integers err no more, those stay.
 
-    Other layers, `x_proj` and `head` where those are true. `damping` is what is added to the
+    Not dt_proj, and `x_proj` and `head` where those are true. `damping` is what is added to the
     diagonal of the Hessian, as a share of its mean (section 4, step 3); `act_order` takes the
     inputs with the largest values first, as the authors' code can.
     """

@@ -8,6 +8,7 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
+from ssmc.passes._transformer import roles
 from ssmc.passes.ssm_sites import source
 
 
@@ -25,7 +26,10 @@ class Linear:
 
     @property
     def role(self) -> str:
-        """in_proj, x_proj, dt_proj, out_proj, head, or linear."""
+        """in_proj, x_proj, dt_proj, out_proj; q_proj, k_proj, v_proj, o_proj; head; or linear.
+
+        Of gated MLPs gate_proj and up_proj, or gate_up_proj, and down_proj.
+        """
         return str(self.node.meta.get("role") or "linear")
 
     @property
@@ -40,7 +44,8 @@ class Linears(Pass):
     """Find the linear layers, the embedding, the norms and the head; give each its role.
 
     Replaces:  nothing
-    With:      roles (embedding, norm, head; ssm-sites names the projections) and the list of
+    With:      roles (embedding, norm, head; of attention q_proj, k_proj, v_proj, o_proj; of gated
+               MLPs gate_proj, up_proj, down_proj; ssm-sites names the others) and the list of
                linear layers, which other passes ask for
     """
 
@@ -52,6 +57,8 @@ class Linears(Pass):
         """List the calls of linear whose weight is a parameter."""
         for node in [*g.calls("ssmc::embedding"), *g.calls("ssmc::rms_norm")]:
             node.meta["role"] = "embedding" if is_call(node, "ssmc::embedding") else "norm"
+        for node, role in roles(g).items():
+            node.meta["role"] = role
         found = [
             describe(n) for n in g.calls("ssmc::linear") if operands(n)["weight"].op == "get_attr"
         ]

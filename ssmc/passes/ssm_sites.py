@@ -111,25 +111,25 @@ def source(value: fx.Node) -> fx.Node:
 
 
 def _normed(node: fx.Node) -> list[fx.Node]:
-    return [n for n in _readers(node) if is_call(n, *_NORMS)]
+    return [n for n in readers(node) if is_call(n, *_NORMS)]
 
 
 def _only(node: fx.Node, name: str) -> fx.Node | None:
     return node if is_call(node, name) else None
 
 
-def _readers(value: fx.Node) -> list[fx.Node]:
+def readers(value: fx.Node) -> list[fx.Node]:
     """The calls that read `value`, seen through views, casts and rotations."""
     found = []
     for user in value.users:
-        found += _readers(user) if is_call(user, *_VIEWS, *_CASTS) else [user]
+        found += readers(user) if is_call(user, *_VIEWS, *_CASTS) else [user]
     return found
 
 
 def _down(scan: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     output = next((n for n in scan.users if is_call(n, "getitem") and n.args[1] == 0), scan)
-    readers = _readers(output)
-    gate_norm = next((n for n in readers if is_call(n, "ssmc::rms_norm_gated")), None)
+    found = readers(output)
+    gate_norm = next((n for n in found if is_call(n, "ssmc::rms_norm_gated")), None)
     if gate_norm is not None:
-        readers = _readers(gate_norm)
-    return gate_norm, next((n for n in readers if is_call(n, "ssmc::linear")), None)
+        found = readers(gate_norm)
+    return gate_norm, next((n for n in found if is_call(n, "ssmc::linear")), None)

@@ -54,8 +54,12 @@ def language_model(kind: str, width: int = WIDTH, **options: Any) -> nn.Module:
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": width, "state_size": 8}
     common |= {"num_hidden_layers": 2}
     torch.manual_seed(0)
-    if kind == "mamba":
-        model: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(**(common | options)))
+    if kind == "llama":
+        attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+        del common["state_size"]
+        model: nn.Module = hf.LlamaForCausalLM(hf.LlamaConfig(**(common | attention | options)))
+    elif kind == "mamba":
+        model = hf.MambaForCausalLM(hf.MambaConfig(**(common | options)))
     else:
         heads = {"num_heads": width // 4, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
         model = hf.Mamba2ForCausalLM(hf.Mamba2Config(**(common | heads | options)))

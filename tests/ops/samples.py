@@ -91,6 +91,7 @@ def _attentions() -> list[tuple[str, Sample]]:
         ("cache_append", (k[:, :, 0, 0], torch.randn(2, 1), position)),
         ("attention", (q, k, v, position)),
         ("attention", (q[:, :1], k, v, position, 0.3)),
+        ("int8_attention", (q, *quantize_dynamic(k), *quantize_dynamic(v), position)),
     ]
 
 
