@@ -12,7 +12,7 @@ from torch import nn
 
 from ssmc.core.state import POSITION, States
 from ssmc.errors import UnsupportedError
-from ssmc.frontend import attention, layers, mixers
+from ssmc.frontend import attention, experts, layers, mixers
 
 Matches = Callable[[nn.Module], bool]
 
@@ -38,6 +38,8 @@ LAYERS = (
     Adapter(layers.is_gated_rms_norm, layers.gated_rms_norm),
     Adapter(layers.is_weightless_rms_norm, layers.weightless_rms_norm),
     Adapter(attention.is_rotary, attention.rotary),
+    Adapter(experts.is_mixture, experts.mixture),
+    Adapter(experts.is_even_mixture, experts.even_mixture),
 )
 _registered: list[Adapter] = []
 

@@ -1,26 +1,23 @@
 """Causal self-attention and its rotary positions, matched by structure and written with operators.
 
 Attentions carry the same names of projections and compute different things: other rotations,
-windows, norms of queries. So one is matched by its tensors and by what it computes on a probe. The
-probe's weights are narrow: a projection takes whatever width its weight has.
+windows, norms of queries. So one is matched by its tensors and by what it computes on a probe.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ssmc import ops
 from ssmc.core.state import OPEN, POSITION
 from ssmc.errors import UnsupportedError
 from ssmc.frontend.mixers import CACHE_ARGUMENTS, Shapes, State
+from ssmc.frontend.probes import agree, draws, probe, probe_as
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ROTARY = ("inv_freq", "original_inv_freq")
@@ -42,19 +39,12 @@ def is_rotary(module: Any) -> bool:
     held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     if "inv_freq" not in held or not held <= set(_ROTARY) or module.inv_freq.ndim != 1:
         return False
-    frequencies = torch.rand(module.inv_freq.shape[0], generator=_generator())
+    rotation = Rotation(draws()(*module.inv_freq.shape), _scale(module))
+    buffers = dict.fromkeys(held, rotation.frequencies)
     positions = torch.arange(_LENGTH).unsqueeze(0)
-    try:
-        found = functional_call(
-            _evaluated(module), dict.fromkeys(held, frequencies), (frequencies, positions)
-        )
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False  # it does not take what gives cosines and sines
-    expected = _turns(Rotation(frequencies, _scale(module)), _LENGTH)
-    return isinstance(found, tuple) and all(
-        isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
-        for a, b in zip(found, expected, strict=True)
-    )
+    found = probe(module, buffers, rotation.frequencies, positions)
+    expected = _turns(rotation, _LENGTH)
+    return isinstance(found, tuple) and all(map(agree, found, expected))
 
 
 def rotary(module: Any, *_: object, **__: object) -> Rotation:
@@ -126,33 +116,31 @@ def _softmax_scale(module: Any) -> float:
 
 
 def _agrees(module: Any) -> bool:
-    """Whether `module` computes what the adapter does, on a probe with weights of its own."""
-    generator = _generator()
-    weights = {
-        name: torch.randn(_narrow(name, value), generator=generator)
-        for name, value in module.named_parameters()
-    }
-    x = torch.randn(1, _LENGTH, _WIDTH, generator=generator)
-    given: dict[str, Any] = {
-        "attention_mask": torch.full((_LENGTH, _LENGTH), -math.inf).triu(1)[None, None]
-    }
-    rotation = None
+    """Whether `module` computes what the adapter does."""
+    draw = draws()
+    weights = {name: draw(*_narrow(name, value)) for name, value in module.named_parameters()}
+    x, rotation = draw(1, _LENGTH, _WIDTH), None
+    future = torch.full((_LENGTH, _LENGTH), -math.inf).triu(1)
+    given: dict[str, Any] = {"attention_mask": future[None, None]}
     if "position_embeddings" in inspect.signature(module.forward).parameters:
-        rotation = Rotation(torch.rand(module.head_dim // 2, generator=generator), 1.0)
+        rotation = Rotation(draw(module.head_dim // 2), 1.0)
         given["position_embeddings"] = _turns(rotation, _LENGTH)
-    try:
-        found = functional_call(_evaluated(module), weights, (x,), given)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False  # it does not take what attention takes
+    found = probe(module, weights, x, **given)
+    if not isinstance(found, tuple):
+        return False
+    expected, _ = probe_as(_from_the_start, module, weights, x, rotation)
+    return agree(found[0], expected)
+
+
+def _from_the_start(module: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, None]:
+    """The adapter, from fresh states."""
+    shapes = attention_states(module)
     state = {
-        kind: torch.zeros(1, *(_LENGTH if extent == OPEN else extent for extent in shape))
-        for kind, shape in attention_states(module).items()
+        kind: x.new_zeros(len(x), *(x.shape[1] if e == OPEN else e for e in shape))
+        for kind, shape in shapes.items()
     }
     state[POSITION] = state[POSITION].long()
-    twin = _evaluated(module)
-    twin.__dict__["forward"] = functools.partial(attention, twin, state)
-    expected, _ = functional_call(twin, weights, (x, rotation))
-    return isinstance(found, tuple) and torch.allclose(found[0], expected, rtol=1e-4, atol=1e-4)
+    return attention(module, state, x, rotation)
 
 
 def _turns(rotation: Rotation, length: int) -> tuple[Tensor, Tensor]:
@@ -168,14 +156,3 @@ def _narrow(name: str, value: Tensor) -> tuple[int, ...]:
     if name.endswith("bias"):
         return (_WIDTH,) if outer else tuple(value.shape)
     return (_WIDTH, value.shape[1]) if outer else (value.shape[0], _WIDTH)
-
-
-def _evaluated(module: nn.Module) -> nn.Module:
-    """A twin in evaluation mode that shares everything."""
-    twin = copy.copy(module)
-    twin.__dict__["training"] = False
-    return twin
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

@@ -25,6 +25,11 @@ def _linear_int4(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::int4_linear", m.x, m.w_q, m.w_scale, m.bias, like=m.node)
 
 
+def _experts(g: Graph, m: Match) -> fx.Node:
+    args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.index)
+    return g.call("ssmc::int8_expert_linear", *args, like=m.node)
+
+
 def _embedding(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::int8_embedding", m.ids, m.w_q, m.w_scale, like=m.node)
 
@@ -75,6 +80,7 @@ RULES: Rules = (
     (op.linear(_dequantised("x"), _dequantised("w"), "bias", True), _linear),
     (op.linear(_dequantised("x"), _INT4, "bias", True), _linear),
     (op.linear(_BFLOAT16, _INT4, "bias", False), _linear_int4),
+    (op.expert_linear(_dequantised("x"), _dequantised("w"), "index", True), _experts),
     (op.embedding("ids", _dequantised("w")), _embedding),
     (_CONV1D, _conv1d),
     (op.attention("q", _dequantised("k"), _dequantised("v"), "position", "scale"), _attention),

@@ -6,6 +6,7 @@ Each is `torch.ops.ssmc.<name>` with a reference in plain torch, a fake kernel a
 
 from ssmc.ops.attention import attention, cache_append, int8_attention, rotary_embedding
 from ssmc.ops.conv import causal_conv1d
+from ssmc.ops.experts import expert_linear, int8_expert_linear, top_k
 from ssmc.ops.fused_conv import int8_causal_conv1d_quantize, int8_causal_conv1d_split
 from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize, int8_linear_split
 from ssmc.ops.fused_norm import (
@@ -46,6 +47,7 @@ __all__ = [
     "dequantize_groups",
     "dequantize_state",
     "embedding",
+    "expert_linear",
     "gated_norm_quantize",
     "hadamard",
     "hadamard_quantize",
@@ -56,6 +58,7 @@ __all__ = [
     "int8_causal_conv1d_quantize",
     "int8_causal_conv1d_split",
     "int8_embedding",
+    "int8_expert_linear",
     "int8_linear",
     "int8_linear_add",
     "int8_linear_quantize",
@@ -76,4 +79,5 @@ __all__ = [
     "selective_scan_step",
     "ssd_scan",
     "ssd_scan_step",
+    "top_k",
 ]

@@ -28,7 +28,8 @@ class Quantised:
 class QuantisedWeight:
     """What became of a weight [N, K] in float (with what was folded into it), and in what format.
 
-    `twin` is the call that dequantises it, from the parameters of integers and scales.
+    `twin` is the call that dequantises it, from the parameters of integers and scales. Of stacked
+    experts the weight is [E, N, K], whose rows are quantised as those of one matrix.
     """
 
     twin: fx.Node
@@ -105,7 +106,7 @@ class Quantiser:
         form: WeightFormat | None = None,
         folded: fx.Node | None = None,
     ) -> fx.Node:
-        """A weight [N, K] through `form`, in front of `user`, which is the first to read it.
+        """A weight [..., N, K] through `form`, in front of `user`, which is the first to read it.
 
         By default 8 bits. Its columns are times the scales of the value that is `folded` into
         them, if one is.
@@ -121,8 +122,12 @@ class Quantiser:
         return self.weights[key].twin
 
     def _stored(self, user: fx.Node, name: str, value: torch.Tensor, form: WeightFormat) -> fx.Node:
-        scale = form.scales(value)
-        stored = form.store(form.round(value, scale), scale)
+        rows = value.flatten(0, -2)
+        scale = form.scales(rows)
+        stored = [
+            tensor.unflatten(0, value.shape[:-1]) if tensor.dim() else tensor
+            for tensor in form.store(form.round(rows, scale), scale)
+        ]
         q = self.g.new_param(f"{name}_int{form.bits}", stored[0])
         s = self.g.new_param(f"{name}_scale", stored[1])
         with self.g.before(user):

@@ -9,6 +9,7 @@ from torch import fx
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.errors import PassError
+from ssmc.passes._transformer import LINEARS
 from ssmc.passes.fold_norm import fold_norm
 
 _HINT = "leave residual=true out for this model"
@@ -59,16 +60,17 @@ class ResidualStream:
         for operand in node.all_input_nodes:
             if operand in self.values:
                 continue
-            if not is_call(operand, "ssmc::linear"):
+            writer = _layer_behind(operand)
+            if writer is None:
                 raise PassError(f"{operand.name}, no linear layer, writes the residual", hint=_HINT)
-            args = operands(operand)
+            args = operands(writer)
             self._note(self.writers, args["weight"])
-            if args["bias"] is not None:
+            if args.get("bias") is not None:
                 self._note(self.biases, args["bias"])
 
     def _read(self, g: Graph, norm: fx.Node) -> None:
         for user in list(norm.users):
-            if not is_call(user, "ssmc::linear"):
+            if not is_call(user, *LINEARS):
                 raise PassError(f"{user.name}, no linear layer, reads {norm.name}", hint=_HINT)
             untie(g, user)
         if operands(norm)["weight"] is not None:
@@ -82,6 +84,18 @@ class ResidualStream:
     def _note(weights: list[fx.Node], weight: fx.Node) -> None:
         if weight not in weights:
             weights.append(weight)
+
+
+def _layer_behind(value: fx.Node) -> fx.Node | None:
+    """The linear layer that gives `value`, or whose experts' outputs it is the weighted sum of."""
+    if is_call(value, "ssmc::linear"):
+        return value
+    product = value.args[0] if is_call(value, "sum") and value.args[1] == 2 else None
+    if not is_call(product, "mul"):
+        return None
+    weighted = [n for n in product.all_input_nodes if is_call(n, "ssmc::expert_linear")]  # type: ignore[union-attr]
+    per_expert = [n for n in product.all_input_nodes if n.meta["val"].shape[-1] == 1]  # type: ignore[union-attr]
+    return weighted[0] if len(weighted) == len(per_expert) == 1 else None
 
 
 def untie(g: Graph, linear: fx.Node) -> None:

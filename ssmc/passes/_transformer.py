@@ -1,4 +1,4 @@
-"""Where attention and gated MLPs are in a graph, found by following values."""
+"""Where attention, gated MLPs and mixtures of experts are in a graph, found by following values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.passes.ssm_sites import readers, source
 
+LINEARS = ("ssmc::linear", "ssmc::expert_linear")
+"""Products with a weight [N, K], or [E, N, K] of stacked experts."""
 ATTENTIONS = ("ssmc::attention", "ssmc::int8_attention")
 _ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
+_SCORES = ("softmax", "sigmoid")
 _THROUGH = ("ssmc::rotary_embedding", "ssmc::rms_norm")
 
 
@@ -55,9 +58,17 @@ class GatedMlp:
 
 
 def roles(g: Graph) -> dict[fx.Node, str]:
-    """The roles of calls of attention and gated MLPs."""
+    """The roles of calls of attention, of gated MLPs and experts, and of their routers."""
     parts = [found.parts() for found in attentions(g)] + [mlp.parts() for mlp in gated_mlps(g)]
-    return {node: role for named in parts for role, node in named.items()}
+    named = {node: role for named in parts for role, node in named.items()}
+    return named | dict.fromkeys(_routers(g), "router")
+
+
+def _routers(g: Graph) -> list[fx.Node]:
+    """The linear layers whose outputs choose experts."""
+    scores = [source(operands(n)["x"]) for n in g.calls("ssmc::top_k")]
+    logits = [source(s.args[0]) if is_call(s, *_SCORES) else s for s in scores]  # type: ignore[arg-type]
+    return [n for n in logits if is_call(n, "ssmc::linear")]
 
 
 def attentions(g: Graph) -> list[Attention]:
@@ -92,13 +103,13 @@ def gated_mlps(g: Graph) -> list[GatedMlp]:
 
 def gated_mlp(product: fx.Node) -> GatedMlp | None:
     """The MLP of a product, if it is one's."""
-    down = next((n for n in readers(product) if is_call(n, "ssmc::linear")), None)
+    down = next((n for n in readers(product) if is_call(n, *LINEARS)), None)
     factors = [n for n in product.args if isinstance(n, fx.Node)]
     if down is None or len(factors) != 2:
         return None
     for gate, up in (factors, factors[::-1]):
         if is_call(gate, *_ACTIVATIONS):
             layers = source(gate.all_input_nodes[0]), source(up)
-            if all(is_call(layer, "ssmc::linear") for layer in layers):
+            if all(is_call(layer, *LINEARS) for layer in layers):
                 return GatedMlp(product, gate, up, *layers, down)
     return None

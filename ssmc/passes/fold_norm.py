@@ -8,6 +8,7 @@ from torch import fx
 
 from ssmc.core import Graph, Match, Pass, is_call, op, register
 from ssmc.core.dialect import operands
+from ssmc.passes._transformer import LINEARS
 
 
 @register
@@ -35,7 +36,7 @@ class FoldNorm(Pass):
         if m.gamma.op != "get_attr":
             return g.skip(m.node, f"its weight is computed, by {m.gamma.name}")
         for user in m.node.users:
-            if not is_call(user, "ssmc::linear"):
+            if not is_call(user, *LINEARS):
                 return g.skip(m.node, f"{user.name}, which reads it, is no linear layer")
             weight = operands(user)["weight"]
             if weight.op != "get_attr":

@@ -69,6 +69,8 @@ class Gptq(Pass):
             raise PassError("no pass left weights to round", hint="name quantise before it")
         weights = {weight.twin: weight for weight in g.facts["quantise"]}
         chosen = {}
+        for experts in g.calls("ssmc::expert_linear"):
+            g.skip(experts, "experts keep nearest integers: each would need inputs of its own")
         for linear in g.calls("ssmc::linear"):
             weight = weights.get(operands(linear)["weight"])
             if weight is not None and self._takes(g, linear, weight):

@@ -70,7 +70,7 @@ class Hadamard(Pass):
         for reader in (stream.embedding, *stream.readers, *stream.biases):
             rotate(g, reader, block)
         for writer in stream.writers:
-            g.set_param(writer, rotated(g.param(writer).T, block).T.contiguous())
+            g.set_param(writer, rotated(g.param(writer).mT, block).mT.contiguous())
         g.match(next(iter(stream.embedding.users)))
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
-from ssmc.passes._transformer import roles
+from ssmc.passes._transformer import LINEARS, roles
 from ssmc.passes.ssm_sites import source
 
 
@@ -16,7 +16,8 @@ from ssmc.passes.ssm_sites import source
 class Linear:
     """One call of a linear layer.
 
-    Its input value, its weight (a get_attr node [N, K]), and the norm it reads, if it reads one.
+    Its input value, its weight (a get_attr node [N, K], of stacked experts [E, N, K]), and the norm
+    it reads, if it reads one.
     """
 
     node: fx.Node
@@ -28,7 +29,7 @@ class Linear:
     def role(self) -> str:
         """in_proj, x_proj, dt_proj, out_proj; q_proj, k_proj, v_proj, o_proj; head; or linear.
 
-        Of gated MLPs gate_proj and up_proj, or gate_up_proj, and down_proj.
+        Of gated MLPs and experts gate_proj and up_proj, or gate_up_proj, and down_proj; router.
         """
         return str(self.node.meta.get("role") or "linear")
 
@@ -45,8 +46,8 @@ class Linears(Pass):
 
     Replaces:  nothing
     With:      roles (embedding, norm, head; of attention q_proj, k_proj, v_proj, o_proj; of gated
-               MLPs gate_proj, up_proj, down_proj; ssm-sites names the others) and the list of
-               linear layers, which other passes ask for
+               MLPs and experts gate_proj, up_proj, gate_up_proj, down_proj; router; ssm-sites names
+               the others) and the list of linear layers, which other passes ask for
     """
 
     name = "linears"
@@ -59,9 +60,8 @@ class Linears(Pass):
             node.meta["role"] = "embedding" if is_call(node, "ssmc::embedding") else "norm"
         for node, role in roles(g).items():
             node.meta["role"] = role
-        found = [
-            describe(n) for n in g.calls("ssmc::linear") if operands(n)["weight"].op == "get_attr"
-        ]
+        calls = [n for n in g.nodes if is_call(n, *LINEARS)]
+        found = [describe(n) for n in calls if operands(n)["weight"].op == "get_attr"]
         results = g.result if isinstance(g.result, tuple | list) else (g.result,)
         heads = {source(r) for r in results}
         for linear in found:

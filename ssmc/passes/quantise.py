@@ -20,7 +20,7 @@ from ssmc.quant.weights import Range, WeightFormat
 
 GROUP = 128
 """Columns that share a scale where an override asks for few bits and no group is given."""
-SMALL = ("x_proj", "dt_proj", "head")
+SMALL = ("x_proj", "dt_proj", "router", "head")
 """Roles that few bits hurt most for what they save, so that only `scope=all` gives them these."""
 Chosen = dict[fx.Node, Override]
 
@@ -46,7 +46,7 @@ class Quantise(Pass):
     a scale in weights, by default a tensor with granularity=tensor, else a row. A, D, dt_bias,
     norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
 
-    `weights` is the bits, 2 to 8, of every linear layer but x_proj, dt_proj and head, with
+    `weights` is the bits, 2 to 8, of every linear layer but x_proj, dt_proj, router and head, with
     `scope=all` of these as well; `group` input channels share a scale (Frantar et al. 2023, arXiv
     2210.17323, section 5), without it a row or tensor. Other layers, and those whose width is no
     multiple of it, keep 8 bits. `range=mse` clips these weights where their squared error is least,
@@ -228,8 +228,8 @@ class Quantise(Pass):
         x, folded = self._input(q, linear, bits)
         form = self._format(named) if named or scoped else None
         weight = q.weight(linear.node, linear.weight, self._fitting(g, linear, form), folded)
-        bias = operands(linear.node)["bias"]
-        linear.node.args = (x, weight, bias, bits.activations == 8)
+        read = {"x": x, "weight": weight, "exact": bits.activations == 8}
+        linear.node.args = tuple((operands(linear.node) | read).values())
         g.match(linear.node)
 
     def _format(self, named: Bits | None) -> WeightFormat:
@@ -244,7 +244,7 @@ class Quantise(Pass):
 
     def _fitting(self, g: Graph, linear: Linear, form: WeightFormat | None) -> WeightFormat | None:
         """`form` where the layer's width divides into it; None: 8 bits, as layers out of scope."""
-        width = g.param(linear.weight).shape[1]
+        width = g.param(linear.weight).shape[-1]
         if form is None or form.fits(width):
             return form
         multiple = form.group or columns_packed(form.bits)

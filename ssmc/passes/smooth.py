@@ -11,7 +11,7 @@ from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
 from ssmc.passes._calibration import observe
-from ssmc.passes._transformer import gated_mlp
+from ssmc.passes._transformer import LINEARS, gated_mlp
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import source
 from ssmc.quant.observers import Absmax
@@ -49,7 +49,9 @@ class Smooth(Pass):
         observe(g, observers, context)
         for x, linears in groups.items():
             weights = [g.param(linear.weight) for linear in linears]
-            s = factors(observers[x].channel(), weights, self.alpha)
+            width = weights[0].shape[-1]
+            absmax = observers[x].channel().reshape(-1, width).amax(0)  # over a token's experts
+            s = factors(absmax, weights, self.alpha)
             divide(g, x, s)
             for linear, weight in zip(linears, weights, strict=True):
                 g.set_param(linear.weight, weight * s)
@@ -79,8 +81,8 @@ def by_input(linears: list[Linear]) -> dict[fx.Node, list[Linear]]:
 
 
 def factors(absmax: torch.Tensor, weights: list[torch.Tensor], alpha: float) -> torch.Tensor:
-    """SmoothQuant's factors [K], from the input's range [K] and the weights [N, K] it meets."""
-    largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    """SmoothQuant's factors [K], from the input's range [K] and the weights [..., K] it meets."""
+    largest = torch.stack([w.abs().flatten(0, -2).amax(0) for w in weights]).amax(0)
     s = absmax.clamp_min(1e-5).pow(alpha) / largest.clamp_min(1e-5).pow(1 - alpha)
     return s.clamp_min(1e-5)
 
@@ -91,7 +93,7 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
     if rows is not None:
         weight, start, stop = rows
         scaled = g.param(weight).clone()
-        scaled[start:stop] /= s[:, None]
+        scaled[..., start:stop, :] /= s[:, None]
         g.set_param(weight, scaled)
         return
     gamma = operands(x)["weight"]
@@ -134,9 +136,9 @@ def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 def _all_rows(linear: fx.Node) -> tuple[fx.Node, int, int] | None:
     """The weight rows of a bias-free linear layer whose output is read once."""
-    if not is_call(linear, "ssmc::linear") or len(linear.users) > 1:
+    if not is_call(linear, *LINEARS) or len(linear.users) > 1:
         return None
-    args = operands(linear)
-    if args["bias"] is not None or args["weight"].op != "get_attr" or len(args["weight"].users) > 1:
+    weight, bias = operands(linear)["weight"], operands(linear).get("bias")
+    if bias is not None or weight.op != "get_attr" or len(weight.users) > 1:
         return None
-    return args["weight"], 0, args["weight"].meta["val"].shape[0]
+    return weight, 0, weight.meta["val"].shape[-2]

@@ -80,7 +80,7 @@ def find_site(scan: fx.Node) -> Site:
     conv1d = _only(source(u), "ssmc::causal_conv1d")
     x = operands(conv1d)["x"] if conv1d is not None else None
     dt_source = _only(source(args["dt"]), "ssmc::linear")
-    below = _only(source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
+    below = _only(_normed_source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
     gate_norm, out_proj = _down(scan)
     z = args.get("z") or (operands(gate_norm)["gate"] if gate_norm is not None else None)
     return Site(
@@ -108,6 +108,12 @@ def source(value: fx.Node) -> fx.Node:
     while is_call(value, *_VIEWS, *_CASTS):
         value = next(iter(operands(value).values()))
     return value
+
+
+def _normed_source(value: fx.Node) -> fx.Node:
+    """The call that computes `value`, seen through a norm as well."""
+    found = source(value)
+    return source(operands(found)["x"]) if is_call(found, *_NORMS) else found
 
 
 def _normed(node: fx.Node) -> list[fx.Node]:

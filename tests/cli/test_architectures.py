@@ -9,7 +9,7 @@ from tiny import write_model
 
 from .conftest import Call, legible
 
-ARCHITECTURES = ["llama"]
+ARCHITECTURES = ["llama", "jamba"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -27,7 +27,7 @@ def test_every_command(call: Call, architecture: str, tmp_path: Path) -> None:
     assert stepwise == pytest.approx(rounded, rel=0.01)
     made = call("generate", out, "--prompt", "w3 w5", "--tokens", 6, "--json").json
     assert made["text"]
-    assert "ssmc::attention(" in call("inspect", out, "--layer", 1).out
+    assert "ssmc::attention(" in call("inspect", out, "--layer", 2).out
     assert legible(call("inspect", out, "--numerics"))
     assert call("verify", out).code == 0
     few = call(

@@ -58,6 +58,8 @@ def language_model(kind: str, width: int = WIDTH, **options: Any) -> nn.Module:
         attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
         del common["state_size"]
         model: nn.Module = hf.LlamaForCausalLM(hf.LlamaConfig(**(common | attention | options)))
+    elif kind == "jamba":
+        model = hf.JambaForCausalLM(hf.JambaConfig(**(_jamba(common) | options)))
     elif kind == "mamba":
         model = hf.MambaForCausalLM(hf.MambaConfig(**(common | options)))
     else:
@@ -66,6 +68,16 @@ def language_model(kind: str, width: int = WIDTH, **options: Any) -> nn.Module:
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def _jamba(common: dict[str, Any]) -> dict[str, Any]:
+    """A mixer with an MLP, then attention with experts."""
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1}
+    layers |= {"expert_layer_period": 2, "expert_layer_offset": 1}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    shared = {key: common[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    return shared | layers | sizes | experts | {"mamba_d_state": 8, "mamba_dt_rank": 4}
 
 
 @functools.cache

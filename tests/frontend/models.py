@@ -17,6 +17,7 @@ ARCHITECTURES = [
     "falcon",
     "llama",
     "llama-biases",
+    "jamba",
 ]
 
 
@@ -27,6 +28,18 @@ def build(architecture: str, **changes: Any) -> nn.Module:
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3}
     mamba2 = {"state_size": 12, "num_heads": 6, "head_dim": 8, "chunk_size": 8}
     llama = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+    jamba = {
+        **llama,
+        "num_hidden_layers": 4,  # mixers, attention in the third layer; experts in every second
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 5,
+        "mamba_dt_rank": 3,
+    }
     model_class, config_class, options = {
         "mamba": (hf.MambaForCausalLM, hf.MambaConfig, {"state_size": 5}),
         "mamba-no-conv-bias": (
@@ -52,6 +65,7 @@ def build(architecture: str, **changes: Any) -> nn.Module:
                 "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
             },
         ),
+        "jamba": (hf.JambaForCausalLM, hf.JambaConfig, jamba),
         "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
     }[architecture]
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from ssmc.frontend.export import export_program
 from .models import SHAPES, build, error, tokens
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "mamba2-groups", "llama"])
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2-groups", "llama", "jamba"])
 def test_both_front_ends_give_the_same_logits(architecture: str) -> None:
     model = build(architecture)
     graph = trace(model)

@@ -52,6 +52,6 @@ def test_greedy_tokens_of_the_demo_model() -> None:
     assert len(generated.unique()) > NEW  # text, not one token over and over
 
 
-@pytest.mark.parametrize("name", ["mamba2-6m", "llama-6m"])
+@pytest.mark.parametrize("name", ["mamba2-6m", "llama-6m", "jamba-11m"])
 def test_greedy_tokens_of_trained_models(name: str, shared_model: Callable[[str], Path]) -> None:
     check(load_model(str(shared_model(name))), count=3)

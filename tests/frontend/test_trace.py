@@ -47,7 +47,7 @@ def test_prefill_in_parts_equals_the_whole(pair: tuple[nn.Module, Graph], parts:
     assert error(torch.cat(outputs, dim=1), logits(model, ids)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["mamba-5m", "mamba2-6m", "llama-6m"])
+@pytest.mark.parametrize("name", ["mamba-5m", "mamba2-6m", "llama-6m", "jamba-11m"])
 def test_trained_models_agree(name: str, shared_model: Callable[[str], Path]) -> None:
     model = load_model(str(shared_model(name)))
     graph = trace(model.module)

@@ -47,6 +47,7 @@ def samples() -> list[tuple[str, Sample]]:
         *_scans(),
         *_states(),
         *_attentions(),
+        *_experts(x),
         *_int8_samples(x, weight, bias, taps),
         *_int4_samples(x, weight, bias),
         *_fused_samples(x, weight, bias, gamma, scale),
@@ -92,6 +93,20 @@ def _attentions() -> list[tuple[str, Sample]]:
         ("attention", (q, k, v, position)),
         ("attention", (q[:, :1], k, v, position, 0.3)),
         ("int8_attention", (q, *quantize_dynamic(k), *quantize_dynamic(v), position)),
+    ]
+
+
+def _experts(x: Tensor) -> list[tuple[str, Sample]]:
+    weight, index = torch.randn(4, 7, 12), torch.randint(4, (2, 5, 3))
+    each = torch.randn(2, 5, 3, 12)
+    w_q, w_scale = (t.unflatten(0, (4, 7)) for t in quantize_weight(weight.flatten(0, 1)))
+    return [
+        ("top_k", (x, 3)),
+        ("expert_linear", (x, weight, index)),
+        ("expert_linear", (each, weight, index, True)),
+        ("int8_expert_linear", (*quantize_dynamic(x), w_q, w_scale, index)),
+        ("int8_expert_linear", (*quantize_dynamic(each), w_q, torch.tensor(0.01), index)),
+        ("dequantize_groups", (torch.randint(256, (4, 7, 6)).byte(), torch.rand(4, 7, 2))),
     ]
 
 
