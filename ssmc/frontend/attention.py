@@ -73,7 +73,7 @@ def is_attention(module: Any) -> bool:
         held == set(ATTENTION)
         and not CACHE_ARGUMENTS.isdisjoint(takes)
         and isinstance(getattr(module, "head_dim", None), int)
-        and getattr(module, "sliding_window", None) is None
+        and _window(module) is None
         and _agrees(module)
     )
 
@@ -105,6 +105,12 @@ def attention(
     state["v"] = ops.cache_append(state["v"], v, position)
     y = ops.attention(q, state["k"], state["v"], position, _softmax_scale(module))
     return module.o_proj(y.flatten(-2)), None
+
+
+def _window(module: Any) -> int | None:
+    """How many tokens a token looks back at, if not at all: it is in the mask, made elsewhere."""
+    holder = module if hasattr(module, "sliding_window") else getattr(module, "config", None)
+    return getattr(holder, "sliding_window", None)
 
 
 def _heads(module: Any, name: str) -> int:

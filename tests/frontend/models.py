@@ -18,6 +18,7 @@ ARCHITECTURES = [
     "llama",
     "llama-biases",
     "jamba",
+    "bamba",
 ]
 
 
@@ -39,6 +40,15 @@ def build(architecture: str, **changes: Any) -> nn.Module:
         "num_experts_per_tok": 2,
         "mamba_d_state": 5,
         "mamba_dt_rank": 3,
+    }
+    bamba = {
+        **llama,
+        "attn_layer_indices": [1],
+        "mamba_d_state": 12,
+        "mamba_n_heads": 6,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
     }
     model_class, config_class, options = {
         "mamba": (hf.MambaForCausalLM, hf.MambaConfig, {"state_size": 5}),
@@ -66,6 +76,7 @@ def build(architecture: str, **changes: Any) -> nn.Module:
             },
         ),
         "jamba": (hf.JambaForCausalLM, hf.JambaConfig, jamba),
+        "bamba": (hf.BambaForCausalLM, hf.BambaConfig, bamba),
         "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
     }[architecture]
     torch.manual_seed(0)

@@ -47,6 +47,10 @@ def _window(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     attention.sliding_window = 3
 
 
+def _window_of_the_config(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention.config.sliding_window = 3
+
+
 def _further_tensor(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     attention.sinks = nn.Parameter(torch.zeros(4))
 
@@ -55,7 +59,9 @@ def _no_cache(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "forward", lambda x: x)
 
 
-@pytest.mark.parametrize("change", [_interleaved, _window, _further_tensor, _no_cache])
+@pytest.mark.parametrize(
+    "change", [_interleaved, _window, _window_of_the_config, _further_tensor, _no_cache]
+)
 def test_what_computes_something_else_is_not_matched(
     change: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
