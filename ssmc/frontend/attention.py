@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ssmc import ops
 from ssmc.core.state import OPEN, POSITION
 from ssmc.errors import UnsupportedError
-from ssmc.frontend.mixers import CACHE_ARGUMENTS, Shapes, State
+from ssmc.frontend.mixers import CACHE_ARGUMENTS, Shapes, State, scaled
 from ssmc.frontend.probes import agree, draws, probe, probe_as
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_NORMS = ("q_norm", "k_norm")
 _ROTARY = ("inv_freq", "original_inv_freq")
 _LENGTH, _WIDTH = 5, 6  # of probes
 
@@ -70,7 +71,7 @@ def is_attention(module: Any) -> bool:
     held = {name.partition(".")[0] for name, _ in module.named_parameters()}
     takes = inspect.signature(module.forward).parameters
     return (
-        held == set(ATTENTION)
+        set(ATTENTION) <= held <= {*ATTENTION, *ATTENTION_NORMS}
         and not CACHE_ARGUMENTS.isdisjoint(takes)
         and isinstance(getattr(module, "head_dim", None), int)
         and _window(module) is None
@@ -98,6 +99,11 @@ def attention(
         getattr(module, name)(hidden_states).unflatten(-1, (_heads(module, name), width))
         for name in ATTENTION[:3]
     )
+    q, k = (
+        getattr(module, name)(x) if hasattr(module, name) else x
+        for name, x in zip(ATTENTION_NORMS, (q, k), strict=True)
+    )
+    k = scaled(module, "key_multiplier", k)
     if position_embeddings is not None:
         q = ops.rotary_embedding(q, position_embeddings[0], position, position_embeddings[1])
         k = ops.rotary_embedding(k, position_embeddings[0], position, position_embeddings[1])
@@ -158,7 +164,9 @@ def _turns(rotation: Rotation, length: int) -> tuple[Tensor, Tensor]:
 
 def _narrow(name: str, value: Tensor) -> tuple[int, ...]:
     """The shape of a probe's weight: that of `value`, but for the width of the module's input."""
-    outer = name.startswith("o_proj")
-    if name.endswith("bias"):
-        return (_WIDTH,) if outer else tuple(value.shape)
-    return (_WIDTH, value.shape[1]) if outer else (value.shape[0], _WIDTH)
+    layer, _, kind = name.partition(".")
+    if layer == "o_proj":
+        return (_WIDTH, *value.shape[1:])
+    return (
+        (value.shape[0], _WIDTH) if layer in ATTENTION and kind == "weight" else tuple(value.shape)
+    )

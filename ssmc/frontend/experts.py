@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssmc import ops
 from ssmc.frontend.probes import agree, draws, probe, probe_as
 
-_LENGTH, _WIDTH, _INNER = 7, 8, 4  # of probes
+_LENGTH, _INNER = 7, 4  # of probes, whose experts are as narrow as that
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -55,14 +55,14 @@ def _agrees(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool
     router, experts = _parts(module)
     if router is None:
         return False
-    draw, count = draws(), len(router.weight)
+    draw, (count, width) = draws(), router.weight.shape
     narrow = {
-        id(router.weight): (count, _WIDTH),
-        id(experts.gate_up_proj): (count, 2 * _INNER, _WIDTH),
-        id(experts.down_proj): (count, _WIDTH, _INNER),
+        id(router.weight): (count, width),
+        id(experts.gate_up_proj): (count, 2 * _INNER, width),
+        id(experts.down_proj): (count, width, _INNER),
     }
     weights = {name: draw(*narrow[id(value)]) for name, value in module.named_parameters()}
-    x = draw(1, _LENGTH, _WIDTH)
+    x = draw(1, _LENGTH, width)
     found = probe(module, weights, x)
     return found is not None and agree(found, probe_as(forward, module, weights, x))
 

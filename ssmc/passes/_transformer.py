@@ -57,6 +57,24 @@ class GatedMlp:
         return {name: getattr(self, name) for name in names}
 
 
+def is_scaling(node: fx.Node) -> bool:
+    """Whether a call multiplies by a number, which every linear map commutes with."""
+    return is_call(node, "mul", "truediv") and isinstance(node.args[1], int | float)
+
+
+def computed_by(value: fx.Node) -> fx.Node:
+    """The call that computes `value`, seen through views, casts, rotations and numbers."""
+    found = source(value)
+    while is_scaling(found):
+        found = source(found.all_input_nodes[0])
+    return found
+
+
+def read_by(value: fx.Node) -> list[fx.Node]:
+    """The calls that read `value`, or a multiple of it by a number."""
+    return [n for user in value.users for n in (read_by(user) if is_scaling(user) else [user])]
+
+
 def roles(g: Graph) -> dict[fx.Node, str]:
     """The roles of calls of attention, of gated MLPs and experts, and of their routers."""
     parts = [found.parts() for found in attentions(g)] + [mlp.parts() for mlp in gated_mlps(g)]
@@ -86,7 +104,7 @@ def _attention(call: fx.Node) -> Attention:
 def _projection(value: fx.Node) -> fx.Node | None:
     """The linear layer whose output an operand of attention is, or what its cache appends."""
     while not is_call(value, "ssmc::linear"):
-        found = source(value)
+        found = computed_by(value)
         if is_call(found, "ssmc::cache_append", *_THROUGH):
             found = operands(found)["x"]
         if found is value:
@@ -109,7 +127,7 @@ def gated_mlp(product: fx.Node) -> GatedMlp | None:
         return None
     for gate, up in (factors, factors[::-1]):
         if is_call(gate, *_ACTIVATIONS):
-            layers = source(gate.all_input_nodes[0]), source(up)
+            layers = computed_by(gate.all_input_nodes[0]), computed_by(up)
             if all(is_call(layer, *LINEARS) for layer in layers):
                 return GatedMlp(product, gate, up, *layers, down)
     return None

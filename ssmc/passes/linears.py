@@ -8,7 +8,7 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
-from ssmc.passes._transformer import LINEARS, roles
+from ssmc.passes._transformer import LINEARS, computed_by, roles
 from ssmc.passes.ssm_sites import source
 
 
@@ -63,7 +63,7 @@ class Linears(Pass):
         calls = [n for n in g.nodes if is_call(n, *LINEARS)]
         found = [describe(n) for n in calls if operands(n)["weight"].op == "get_attr"]
         results = g.result if isinstance(g.result, tuple | list) else (g.result,)
-        heads = {source(r) for r in results}
+        heads = {computed_by(r) for r in results}
         for linear in found:
             if linear.node in heads:
                 linear.node.meta["role"] = "head"

@@ -138,4 +138,6 @@ def _down(scan: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     gate_norm = next((n for n in found if is_call(n, "ssmc::rms_norm_gated")), None)
     if gate_norm is not None:
         found = readers(gate_norm)
+    else:  # a gate without a norm is a product
+        found += [n for gated in found if is_call(gated, "mul") for n in readers(gated)]
     return gate_norm, next((n for n in found if is_call(n, "ssmc::linear")), None)

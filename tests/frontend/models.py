@@ -19,6 +19,11 @@ ARCHITECTURES = [
     "llama-biases",
     "jamba",
     "bamba",
+    "granite",
+    "falcon-h1",
+    "falcon-h1-norm",
+    "nemotron",
+    "qwen3",
 ]
 
 
@@ -50,6 +55,39 @@ def build(architecture: str, **changes: Any) -> nn.Module:
         "mamba_n_groups": 2,
         "mamba_chunk_size": 8,
     }
+    granite = bamba | {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "embedding_multiplier": 1.3,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 1.7,
+    }
+    falcon_h1 = {
+        **bamba,
+        "mamba_d_ssm": 48,
+        "key_multiplier": 0.6,
+        "ssm_in_multiplier": 1.2,
+        "ssm_out_multiplier": 0.9,
+        "ssm_multipliers": [1.1, 0.8, 0.7, 1.3, 0.9],
+        "attention_in_multiplier": 1.4,
+        "attention_out_multiplier": 0.7,
+        "mlp_multipliers": [0.8, 1.2],
+        "embedding_multiplier": 1.3,
+        "lm_head_multiplier": 0.5,
+    }
+    nemotron = {
+        **llama,
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 12,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "head_dim": 6,
+    }
     model_class, config_class, options = {
         "mamba": (hf.MambaForCausalLM, hf.MambaConfig, {"state_size": 5}),
         "mamba-no-conv-bias": (
@@ -77,6 +115,15 @@ def build(architecture: str, **changes: Any) -> nn.Module:
         ),
         "jamba": (hf.JambaForCausalLM, hf.JambaConfig, jamba),
         "bamba": (hf.BambaForCausalLM, hf.BambaConfig, bamba),
+        "granite": (hf.GraniteMoeHybridForCausalLM, hf.GraniteMoeHybridConfig, granite),
+        "falcon-h1": (hf.FalconH1ForCausalLM, hf.FalconH1Config, falcon_h1),
+        "falcon-h1-norm": (
+            hf.FalconH1ForCausalLM,
+            hf.FalconH1Config,
+            {**falcon_h1, "mamba_rms_norm": True, "key_multiplier": 1.0},
+        ),
+        "nemotron": (hf.NemotronHForCausalLM, hf.NemotronHConfig, nemotron),
+        "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {**llama, "head_dim": 10}),
         "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
     }[architecture]
     torch.manual_seed(0)
