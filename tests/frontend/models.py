@@ -78,6 +78,18 @@ def build(architecture: str, **changes: Any) -> nn.Module:
         "embedding_multiplier": 1.3,
         "lm_head_multiplier": 0.5,
     }
+    zamba2 = {
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 12,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 6,
+        "chunk_size": 8,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "num_mem_blocks": 1,
+        "adapter_rank": 4,
+    }
     nemotron = {
         **llama,
         "layers_block_type": ["mamba", "attention", "mlp"],
@@ -122,6 +134,7 @@ def build(architecture: str, **changes: Any) -> nn.Module:
             hf.FalconH1Config,
             {**falcon_h1, "mamba_rms_norm": True, "key_multiplier": 1.0},
         ),
+        "zamba2": (hf.Zamba2ForCausalLM, hf.Zamba2Config, zamba2),
         "nemotron": (hf.NemotronHForCausalLM, hf.NemotronHConfig, nemotron),
         "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {**llama, "head_dim": 10}),
         "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
