@@ -34,6 +34,7 @@ class Program:
         self.run = run
         self.sites = sites(module)
         self.states = list(dict.fromkeys(spec for site in self.sites for spec in _specs(site)))
+        _check_caches(self.states)
 
     def __call__(self, *operands: Any) -> tuple[Any, tuple[Any, ...]]:
         """The result and the new states, from the inputs followed by the states."""
@@ -122,6 +123,16 @@ def _specs(site: Site) -> list[StateSpec]:
         )
         for kind, shape in shapes.items()
     ]
+
+
+def _check_caches(states: Sequence[StateSpec]) -> None:
+    """Raise UsageError for caches whose adapter does not name the position."""
+    cache = next((spec.name for spec in states if spec.is_open), None)
+    if cache is not None and POSITION not in {spec.name for spec in states}:
+        raise UsageError(
+            f"state '{cache}' has a row for each token, and no adapter names '{POSITION}'",
+            hint=f"add '{POSITION}': () to the states of its adapter",
+        )
 
 
 def _marked(module: nn.Module, examples: Sequence[Tensor]) -> dict[str, Tensor]:
