@@ -1,6 +1,7 @@
 # make demo   compile the embedded model to int8 and compare perplexity before and after
 # make test   everything a change has to pass: lint, types, tests
 # make lint   ruff and mypy alone
+# make test-eval  the tests that need lm-eval, which make test skips
 # make test-gpu  the tests of kernels and of whole models on a CUDA device
 # make clean  remove the environment and what was built
 #
@@ -29,7 +30,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint clean
+.PHONY: help demo test test-eval test-gpu lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -48,6 +49,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) install -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-eval: $(VENV)/.installed-dev
+	$(PIP) install -e '.[dev,eval]' accelerate
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/ssmc compile $(DEMO_MODEL) --passes $(DEMO_PASSES) -o $(DEMO_OUT) --force
 	$(BIN)/ssmc eval $(DEMO_MODEL) --limit $(DEMO_WINDOWS)
@@ -61,6 +66,10 @@ lint: $(VENV)/.installed-dev
 # A thread for each worker: the tests are many and small.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+# lm-eval brings fifty packages of 600 MB, which is why `dev` leaves it out.
+test-eval: $(VENV)/.installed-eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/evaluate tests/cli/test_tasks.py $(PYTEST_ARGS)
 
 # Of kernels and of whole models: what a GPU decides. PYTHON itself runs them, with the torch and
 # the Triton it has, since a machine with a GPU seldom has what constraints.txt pins.

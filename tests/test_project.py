@@ -21,11 +21,10 @@ def pins() -> dict[str, str]:
 
 
 def declared() -> list[Requirement]:
-    """What pyproject.toml asks for by default and with the extra `dev`."""
+    """What pyproject.toml asks for by default and with the extras `dev` and `eval`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [
-        Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]
-    ]
+    extras = project["optional-dependencies"]
+    return [Requirement(r) for r in project["dependencies"] + extras["dev"] + extras["eval"]]
 
 
 def needs(requirement: Requirement) -> Iterator[Requirement]:

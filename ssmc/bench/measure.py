@@ -78,10 +78,10 @@ class Measurement:
 
 @dataclass
 class Result:
-    """Measurements, and (workload, error) of what is wrong and was therefore not timed."""
+    """Measurements, and (target, workload, error) of what is wrong and was therefore not timed."""
 
     measurements: list[Measurement] = field(default_factory=list)
-    wrong: list[tuple[Workload, float]] = field(default_factory=list)
+    wrong: list[tuple[str, Workload, float]] = field(default_factory=list)
 
 
 class _Entrant:
@@ -168,7 +168,7 @@ def _measure(entrants: Sequence[_Entrant], workload: Workload, plan: Plan, resul
         with entrant.memory.held():
             error = entrant.error(workload.prompt)
             if error is not None and not error <= plan.tolerance:
-                result.wrong.append((workload, error))
+                result.wrong.append((entrant.subject.name, workload, error))
                 continue
             run = _run_of(entrant, workload)
             with entrant.memory.running():
@@ -193,7 +193,7 @@ def _conclude(
     """A measurement, unless the runs have left something behind that makes the logits wrong."""
     error, memory = entrant.error(workload.prompt), entrant.memory
     if error is not None and not error <= plan.tolerance:
-        result.wrong.append((workload, error))
+        result.wrong.append((entrant.subject.name, workload, error))
         return
     total = entrant.subject.weight_bytes + memory.kept + memory.peak
     taken = total if memory.device.type == "cuda" else None

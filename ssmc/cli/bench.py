@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    target: Annotated[
-        str | None, typer.Argument(help="A model or an artefact; none with --random-weights.")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TARGET...", help="Models or artefacts; none with --random-weights."
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="mamba-ssm, hf, or another model or artefact.")
@@ -64,13 +67,15 @@ def run(
     import torch
 
     from ssmc.bench.measure import Plan, measure
+    from ssmc.bench.plot import check_plot
     from ssmc.bench.random_model import random_recipe
-    from ssmc.bench.report import Report, check_plot
+    from ssmc.bench.report import Report
     from ssmc.device import find_device, running_on
 
     place = find_device(device)
-    published = _size(random_weights, target) if random_weights is not None else None
-    dtype = _checked_baseline(baseline, published, target, baseline_dtype, place)
+    names = targets or []
+    published = _size(random_weights, names) if random_weights is not None else None
+    dtype = _checked_baseline(baseline, published, names, baseline_dtype, place)
     if plot is not None:
         check_plot(plot)
     asked = ttft is not None or tpot or ttlt is not None or size
@@ -86,16 +91,18 @@ def run(
     torch.manual_seed(drawn)
     with running_on(place):
         if published is None:
-            subjects = [_given(target, scheme or passes, backend, place)]
+            subjects = _given(names, scheme or passes, backend, place)
         else:
             recipe = random_recipe(scheme or "w8a8", passes, backend, drawn)
             name = " ".join(filter(None, (published.name, recipe.scheme, passes)))
             subjects = [_random(name, published, recipe, place)]
+        other = None
         if baseline is not None:
-            subjects.append(_other(baseline, published, target, dtype, backend, place))
+            other = _other(baseline, published, names, dtype, backend, place)
+            subjects.append(other)
         with output.progress("measuring") as progress:
             result = measure(subjects, plan, place, progress)
-    _show(Report(subjects, plan, result, place, drawn), plot, as_json)
+    _show(Report(subjects, plan, result, place, drawn, other), plot, as_json)
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
@@ -122,26 +129,28 @@ def _pairs(text: str | None) -> list[tuple[int, int]]:
     return found
 
 
-def _size(name: str, target: str | None) -> Size:
+def _size(name: str, targets: list[str]) -> Size:
     from ssmc.bench.sizes import find_size
     from ssmc.errors import UsageError
 
-    if target is not None:
-        raise UsageError(f"--random-weights stands for the target, and {target} is one, too")
+    if targets:
+        raise UsageError(f"--random-weights stands for the target, and {targets[0]} is one, too")
     return find_size(name)
 
 
-def _given(target: str | None, recipe: str | None, backend: str, device: torch.device) -> Subject:
-    """The target, a model or an artefact."""
+def _given(
+    targets: list[str], recipe: str | None, backend: str, device: torch.device
+) -> list[Subject]:
+    """The targets, models or artefacts."""
     from ssmc.errors import UsageError
 
-    if target is None:
+    if not targets:
         raise UsageError("no target", hint="give a model, an artefact, or --random-weights SIZE")
     if recipe is not None:
         raise UsageError(
             "--scheme and --passes go with --random-weights", hint="compile the model with them"
         )
-    return _opened(target, backend, device)
+    return [_opened(target, backend, device) for target in targets]
 
 
 def _opened(target: str, backend: str, device: torch.device) -> Subject:
@@ -163,15 +172,16 @@ def _random(name: str, size: Size, recipe: Recipe, device: torch.device) -> Subj
 
 
 def _checked_baseline(
-    name: str | None, size: Size | None, target: str | None, dtype: str | None, device: torch.device
+    name: str | None, size: Size | None, targets: list[str], dtype: str | None, device: torch.device
 ) -> torch.dtype:
     """Its dtype; what is asked for in vain is refused before anything large is loaded."""
     from ssmc.bench.baselines import find_dtype, mamba_ssm
     from ssmc.errors import UsageError
     from ssmc.runtime import is_artefact
 
-    if name is not None and name == target:
-        raise UsageError(f"{name} is compared with itself", hint="name another --baseline")
+    every = [*targets, name]
+    if twice := next((n for n in every if n is not None and every.count(n) > 1), None):
+        raise UsageError(f"{twice} is compared with itself", hint="name each model once")
     if name == "mamba-ssm" and size is None:
         raise UsageError(
             "the baseline mamba-ssm is built at a published size",
@@ -179,7 +189,7 @@ def _checked_baseline(
         )
     if name == "mamba-ssm":
         mamba_ssm(device)
-    if name == "hf" and target is not None and is_artefact(target):
+    if name == "hf" and targets and is_artefact(targets[0]):
         raise UsageError(
             "an artefact does not hold the transformers model it was made from",
             hint="name that model: --baseline MODEL",
@@ -190,7 +200,7 @@ def _checked_baseline(
 def _other(
     name: str,
     size: Size | None,
-    target: str | None,
+    targets: list[str],
     dtype: torch.dtype,
     backend: str,
     device: torch.device,
@@ -202,30 +212,40 @@ def _other(
     if name == "mamba-ssm" and size is not None:
         return MambaSsm(size, device, dtype)
     if name == "hf":
-        module = size.module(device) if size is not None else load_model(str(target)).module
+        module = size.module(device) if size is not None else load_model(targets[0]).module
         return Transformers(module, device, dtype)
     return _opened(name, backend, device)
 
 
 def _show(report: Report, plot: Path | None, as_json: bool) -> None:
     """Print and draw; VerifyError where something was wrong."""
-    from ssmc.bench.report import COLUMNS
+    from ssmc.bench import plot as plots
     from ssmc.errors import VerifyError
 
     if as_json:
         output.say_json(report.to_json())
     else:
-        if report.rows():
-            output.say_table(COLUMNS, report.rows())
-            output.say("")
-        for subject in report.subjects:
-            output.say(f"weights of {subject.name}   {output.megabytes(subject.weight_bytes)}")
+        _say(report)
     if plot is not None and report.result.measurements:
-        report.plot(plot)
+        plots.plot(report, plot)
     if report.result.wrong:
-        workload, error = report.result.wrong[0]
+        target, workload, error = report.result.wrong[0]
         raise VerifyError(
-            f"batch {workload.batch}, prompt {workload.prompt}: the logits differ from the "
-            f"reference's by {error:.1e} (tolerance {report.plan.tolerance:.0e}); not timed",
+            f"{target}, batch {workload.batch}, prompt {workload.prompt}: the logits differ from "
+            f"the reference's by {error:.1e} (tolerance {report.plan.tolerance:.0e}); not timed",
             hint="`ssmc verify` on the artefact names the operator",
         )
+
+
+def _say(report: Report) -> None:
+    """The measurements, and below them the sizes; of three or more models side by side."""
+    from ssmc.bench.report import COLUMNS
+
+    if report.rows():
+        output.say_table(COLUMNS, report.rows())
+        output.say("")
+    if len(report.subjects) > 2:
+        output.say_table(*report.comparison())
+        return
+    for subject in report.subjects:
+        output.say(f"weights of {subject.name}   {output.megabytes(subject.weight_bytes)}")

@@ -20,7 +20,9 @@ def run(
         Path | None, typer.Option(help="Text to score, .jsonl or .txt (default: the embedded).")
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many windows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many windows, or documents a task.")
+    ] = None,
     mode: Annotated[str, typer.Option(help="prefill or recurrent: token by token.")] = "prefill",
     execution: Annotated[
         str, typer.Option(help="Of an artefact: lowered, or simulated in float.")
@@ -28,23 +30,38 @@ def run(
     by_length: Annotated[
         bool, typer.Option("--by-length", help="Also by how many tokens went before.")
     ] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval to score instead: lambada_openai,piqa.")
+    ] = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="Folder with tasks of your own, in YAML.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="With --tasks: the model to compare with, or none.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows or requests at a time.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
     backend: Annotated[
         str, typer.Option(help="Of an artefact: auto, reference, cpu or triton.")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Perplexity of a model or an artefact on windows of text that do not overlap."""
-    from ssmc.cli.target import check_choice, open_target
+    """Perplexity of a model or an artefact on windows of text, or its scores on tasks."""
+    from ssmc.cli import tasks as scores
+    from ssmc.cli.target import check_choice, choose_execution, open_target
     from ssmc.demo import evaluation_file
     from ssmc.evaluate import perplexity
 
     check_choice("mode", mode, ("prefill", "recurrent"))
-    check_choice("execution", execution, ("lowered", "simulated"))
+    of_text = text is not None or by_length or mode != "prefill"
+    scores.check_options(tasks, bool(include or baseline), of_text)
+    asked = scores.find(tasks, include or ()) if tasks is not None else None
     opened = open_target(target, backend, device)
-    if opened.compiled is not None:
-        opened.compiled.execution = execution  # type: ignore[assignment]
+    choose_execution(opened, execution)
+    if asked is not None:
+        other = scores.find_baseline(opened, baseline, device)
+        found = scores.score_tasks(opened, other, asked, limit, batch)
+        return output.say_json(found) if as_json else scores.show(found)
     windows = opened.windows(text or evaluation_file(), window, limit)
     start = time.perf_counter()
     with output.progress(f"scoring {target}") as report:

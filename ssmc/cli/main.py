@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from ssmc import __version__
-from ssmc.cli import bench, doctor, generate, inspect, passes, recipes, sensitivity, verify
+from ssmc.cli import (
+    bench,
+    doctor,
+    generate,
+    inspect,
+    lm_eval,
+    passes,
+    recipes,
+    sensitivity,
+    verify,
+)
 from ssmc.cli import compile as compile_command
 from ssmc.cli import eval as eval_command
 from ssmc.cli.output import fail
@@ -20,6 +30,9 @@ INTERRUPTED = 130
 
 # Read when torch loads: on a busy machine, threads that spin as they wait steal others' time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when tqdm loads: other libraries' bars are for terminals, too.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 app = typer.Typer(
     name="ssmc",
@@ -33,6 +46,7 @@ app.command("recipes")(recipes.run)
 app.command("inspect")(inspect.run)
 app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
+app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.run)
 app.command("generate")(generate.run)
 app.command("verify")(verify.run)
 app.command("bench")(bench.run)

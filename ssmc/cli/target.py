@@ -33,6 +33,7 @@ class Target:
     eos: int | None
     device: torch.device
     compiled: CompiledModel | None = None
+    fingerprint: str | None = None  # of a float model
 
     def encoder(self) -> tuple[Tokenizer, int]:
         """The tokenizer and the token that separates texts; UsageError where it has none."""
@@ -63,6 +64,13 @@ class Target:
         return shared(run_hashes(windows), from_text(about["runs"]))
 
 
+def choose_execution(target: Target, execution: str) -> None:
+    """Have an artefact run `lowered` or `simulated`; UsageError for another word."""
+    check_choice("execution", execution, ("lowered", "simulated"))
+    if target.compiled is not None:
+        target.compiled.execution = execution  # type: ignore[assignment]
+
+
 def open_target(name: str, backend: str = "auto", device: str = "auto") -> Target:
     """The model or artefact called `name`, on a device; `backend` is what an artefact runs on."""
     from ssmc.runtime import is_artefact, load
@@ -85,4 +93,6 @@ def open_model(name: str, device: str = "auto") -> Target:
     model = load_model(name)
     graph = trace(model.module)
     move(graph, found)
-    return Target(name, graph, model.tokenizer, model.eos_token_id, found)
+    return Target(
+        name, graph, model.tokenizer, model.eos_token_id, found, fingerprint=model.fingerprint
+    )

@@ -109,9 +109,12 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     if not file.is_file():
         return None
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more specific
         raise UsageError(f"{file}: {error}", hint="download the tokenizer again") from error
+    tokenizer.no_truncation()  # texts are encoded whole, as transformers does unless it is asked to
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _generation_settings(folder: Path) -> dict[str, Any]:

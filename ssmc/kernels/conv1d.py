@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssmc.kernels.arithmetic import inverse_of, scale_for, silu, to_int8, to_int8_within
 from ssmc.kernels.launch import INTERPRETED, await_inputs, launch
+from ssmc.kernels.tiles import processors
 from ssmc.ops.conv import ACTIVATIONS, activate, check_conv
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -92,15 +93,27 @@ def _window(before, words, LAST: tl.constexpr):  # noqa: ANN202
 
 @triton.jit
 def _load_taps(weight, channel, inside, TAPS: tl.constexpr, WORDS: tl.constexpr):  # noqa: ANN202
-    """The weights [C, TAPS] of some channels, four a word, the last ones first; zeros in front."""
-    place = tl.arange(0, 4)
+    """The weights [C, TAPS] of some channels, four [C, 4] at a time, the last ones first.
+
+    Zeros stand in front.
+    """
     taps = ()
     for i in tl.static_range(WORDS):
-        tap = TAPS - 4 * (i + 1) + place
+        tap = TAPS - 4 * (i + 1) + tl.arange(0, 4)
         mask = inside[:, None] & (tap >= 0)[None, :]
-        q = tl.load(weight + channel[:, None] * TAPS + tap[None, :], mask=mask, other=0)
-        taps = taps + (tl.sum((q.to(tl.int32) & 255) << (8 * place)[None, :], 1),)
+        at = weight + channel[:, None] * TAPS + tap[None, :]
+        taps = taps + (tl.load(at, mask=mask, other=0),)
     return taps
+
+
+@triton.jit
+def _packed(taps, WORDS: tl.constexpr):  # noqa: ANN202
+    """What `_load_taps` gives, each four as one word."""
+    words = ()
+    for i in tl.static_range(WORDS):
+        shift = 8 * tl.arange(0, 4)
+        words = words + (tl.sum((taps[i].to(tl.int32) & 255) << shift[None, :], 1),)
+    return words
 
 
 @triton.jit
@@ -165,12 +178,12 @@ def _convolve(  # noqa: ANN202, C901
     at hand, which is written to y_scale.
     """
     scale = tl.load(x_scale + channel * X_STEP, mask=inside, other=1.0)
-    scale *= tl.load(weight_scale + channel * W_STEP, mask=inside, other=1.0)
+    w_scale = tl.load(weight_scale + channel * W_STEP, mask=inside, other=1.0)
     if bias is not None:
         biases = tl.load(bias + channel, mask=inside, other=0.0)
     if RESULT == _STATIC:
-        inverse = inverse_of(tl.load(y_scale + channel * Y_STEP, mask=inside, other=1.0))
-    taps = _load_taps(weight, channel, inside, TAPS, WORDS)
+        out_scale = tl.load(y_scale + channel * Y_STEP, mask=inside, other=1.0)
+    loaded = _load_taps(weight, channel, inside, TAPS, WORDS)
     await_inputs(CHAIN)
     first = tl.program_id(1) * LENGTH
     none = tl.zeros([channel.shape[0]], tl.int8)
@@ -182,6 +195,11 @@ def _convolve(  # noqa: ANN202, C901
             inputs = inputs + (q,)
         else:
             inputs = inputs + (none,)
+    # What is made of constants comes after the loads of inputs: it waits for loads of its own.
+    scale *= w_scale
+    if RESULT == _STATIC:
+        inverse = inverse_of(out_scale)
+    taps = _packed(loaded, WORDS)
     words = ()
     for i in tl.static_range(0, 4 * WORDS, 4):
         words = words + (_word_at(inputs, i),)
@@ -317,11 +335,12 @@ def _run(
     number, size = groups[0].shape[2:] if groups else (0, 1)
     width = channels - 2 * number * size
     block_c = tiling.block_c or min(256, triton.next_power_of_2(width))
-    # A large tile loads fewer inputs twice; a small one fills the device with short prompts.
-    positions = min(tiling.positions or 16, triton.next_power_of_2(length))
+    blocks = triton.cdiv(width, block_c) + 2 * number
+    positions = tiling.positions or _positions(blocks * batch, length, processors(x_q.device))
+    positions = min(positions, triton.next_power_of_2(length))
     launch(
         _kernel,
-        (triton.cdiv(width, block_c) + 2 * number, triton.cdiv(length, positions), batch),
+        (blocks, triton.cdiv(length, positions), batch),
         x_q,
         x_q.stride(0),
         x_q.stride(1),
@@ -353,6 +372,17 @@ def _run(
         num_warps=tiling.num_warps or max(1, block_c // 128),
     )
     return new_state
+
+
+def _positions(blocks: int, length: int, count: int) -> int:
+    """Positions a program: as many as leave each of `count` processors 16 programs, 4 to 16.
+
+    Many load fewer inputs twice; with few a short prompt is done sooner.
+    """
+    positions = 16
+    while positions > 4 and blocks * triton.cdiv(length, positions) < 16 * count:
+        positions //= 2
+    return positions
 
 
 def _step(scale: Tensor) -> int:

@@ -51,7 +51,9 @@ def await_inputs(CHAIN: tl.constexpr):
 def let_next_load(CHAIN: tl.constexpr):
     """Let the next kernel begin to load what is constant before this one's inputs are there.
 
-    So a weight may be on its way while several small kernels in front of its own are at work.
+    So a weight may be on its way while several small kernels in front of its own are at work. For a
+    kernel all of whose programs find room at once: where some have to wait for that, what the next
+    ones load would come before what these still have to ask for.
     """
     if CHAIN:
         tl.extra.cuda.gdc_launch_dependents()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssmc.kernels import matmul_hopper
 from ssmc.kernels.arithmetic import inverse_of, scale_for, to_int8
-from ssmc.kernels.launch import await_inputs, can_chain, launch
+from ssmc.kernels.launch import await_inputs, can_chain, launch, let_next_load
 from ssmc.kernels.matmul_int4 import w4a8_product
 from ssmc.kernels.tiles import (
     Operands,
@@ -313,6 +313,7 @@ def _segments_kernel(  # noqa: ANN202
         shift = load_vector(bias, column, N, 1)
     if w_scale is not None:
         w_factor = load_vector(w_scale, column, N, W_STEP)
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
     if x_scale is not None:
         x_factor = load_vector(x_scale, row, M, X_STEP)

@@ -5,10 +5,6 @@ the kernel in front, so that this traffic, which is most of what decoding costs,
 it makes the int8 row itself, as all programs do: that takes about as long as one launch would.
 """
 
-# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
-# ruff: noqa: RUF005, SIM108
-# mypy: disable-error-code="assignment"
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmc.kernels import matmul
-from ssmc.kernels.arithmetic import inverse_rms
+from ssmc.kernels import matmul, matvec_int4
 from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
 from ssmc.kernels.matvec_tiles import (
+    load_bias,
     load_group_scales,
+    load_residual,
     load_weight,
     load_words,
     parts_of,
@@ -31,7 +28,7 @@ from ssmc.kernels.matvec_tiles import (
     quantized,
 )
 from ssmc.kernels.norm import rms_norm_quantize
-from ssmc.kernels.pieces import load_pieces
+from ssmc.kernels.pieces import load_pieces, normed
 
 MAX_ROWS = 8
 """Most rows that one kernel serves: each is a pass of its own over the weight in registers."""
@@ -98,7 +95,7 @@ def matvec(
     parts = parts_of(width, max(128, piece, group))
     held = sum(parts) if group == 0 else sum(parts) // 2
     block_n = block_n or _block_n(n, held)
-    warps = num_warps or (8 if block_n * held > TILE_BYTES else 4)
+    warps = num_warps or (8 if block_n * held > TILE_BYTES else min(4, block_n))
     columns = min(128, min(parts) // (8 if group else 4))
     # Two programs of eight warps have 128 registers a thread.
     registers = maxnreg or (128 if warps == 8 else None)
@@ -106,8 +103,12 @@ def matvec(
 
 
 def _block_n(n: int, row_bytes: int) -> int:
-    """The largest power of two of rows that leaves enough programs and enough registers."""
-    block_n = 1
+    """The largest power of two of rows that leaves enough programs and enough registers.
+
+    At least two: each is a warp's own, so that its sum takes no barrier, and of a weight with few
+    rows, which is multiplied while the memory brings larger ones, little is left to wait for.
+    """
+    block_n = 2
     while 2 * block_n * row_bytes <= TILE_BYTES and n >= 2 * block_n * PROGRAMS:
         block_n *= 2
     return block_n
@@ -154,40 +155,6 @@ def load_constants(
 
 
 @triton.jit
-def load_bias(bias, n):
-    """The bias of rows n, or zero where there is none."""
-    if bias is None:
-        return 0.0
-    else:
-        return tl.load(bias + n)
-
-
-@triton.jit
-def normed(x, weights, eps, K: tl.constexpr):
-    """`rms_norm` of a row in pieces; `weights` are those of the norm, if any."""
-    squares = x[0] * x[0]
-    for i in tl.static_range(1, len(x)):
-        squares += x[i] * x[i]
-    inverse = inverse_rms(tl.sum(squares), K, eps)
-    y = ()
-    for i in tl.static_range(len(x)):
-        if len(weights) == 0:
-            y = y + (x[i] * inverse,)
-        else:
-            y = y + (x[i] * inverse * weights[i],)
-    return y
-
-
-@triton.jit
-def _load_residual(residual, residual_stride, row, n):  # noqa: ANN202
-    """What is added to the products of rows n, or zero where there is nothing."""
-    if residual is None:
-        return 0.0
-    else:
-        return tl.load(residual + row * residual_stride + n)
-
-
-@triton.jit
 def _linear_kernel(  # noqa: ANN202
     x,
     x_stride,
@@ -217,7 +184,7 @@ def _linear_kernel(  # noqa: ANN202
     await_inputs(CHAIN)
     for row in range(rows):
         scale = tl.load(x_scale + row * x_scale_step)
-        before = _load_residual(residual, residual_stride, row, held)
+        before = load_residual(residual, residual_stride, row, held)
         words = load_words(x + row * x_stride, PARTS, K)
         y = before + (product(weight, scales, words, scale, GROUP) + b)
         tl.store(out + row * N + n, y, mask=n < N)
@@ -253,7 +220,8 @@ def _norm_kernel(  # noqa: ANN202
     await_inputs(CHAIN)
     for row in range(rows):
         pieces = load_pieces(x + row * x_stride, K, PIECE)
-        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        pieces, largest = normed(pieces, norm_weights, eps, K)
+        words, scale = quantized(pieces, largest, PARTS)
         y = product(weight, scales, words, scale, GROUP) + b
         tl.store(out + row * N + n, y, mask=n < N)
 
@@ -321,15 +289,16 @@ def _linear(
     words = _words(x if _in_words(x) else x.clone(memory_format=torch.contiguous_format))
     before = None if residual is None else row_view(residual)
     out = torch.empty((*x_q.shape[:-1], n), device=x.device)
+    held = matvec_int4.held(w_q, w_scale)
     launch(
-        _linear_kernel,
-        (triton.cdiv(n, how.block_n),),
+        matvec_int4.linear_kernel if held else _linear_kernel,
+        (triton.cdiv(n, held.rows if held else how.block_n),),
         words,
         words.stride(0),
         x_scale,
         _step(x_scale),
         x.shape[0],
-        _words(w_q),
+        matvec_int4.descriptor(w_q, held) if held else _words(w_q),
         w_scale,
         _step(w_scale),
         bias,
@@ -338,7 +307,7 @@ def _linear(
         out,
         n,
         device=x.device,
-        **how.constants(),
+        **(held or how).constants(),
     )
     return out
 

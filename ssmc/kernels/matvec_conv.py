@@ -1,9 +1,5 @@
 """in_proj of decoding with the step of the convolution that follows it."""
 
-# Tuples of pieces grow in loops that Triton unrolls; it knows no starred expressions.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
-
 from __future__ import annotations
 
 import torch
@@ -12,70 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.errors import UsageError
-from ssmc.kernels.arithmetic import inverse_of, silu, times_scale, to_int8
-from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
-from ssmc.kernels.matvec import load_bias, load_constants, load_norm, matvec, normed, piece_of
-from ssmc.kernels.matvec_tiles import product, quantized
-from ssmc.kernels.pieces import load_pieces
+from ssmc.kernels import matvec_int4
+from ssmc.kernels.arithmetic import inverse_of, to_int8
+from ssmc.kernels.conv_step import conv_step, load_history, load_taps
+from ssmc.kernels.launch import await_inputs, launch, row_view
+from ssmc.kernels.matvec import load_constants, load_norm, matvec, piece_of
+from ssmc.kernels.matvec_tiles import load_bias, product, quantized
+from ssmc.kernels.pieces import load_pieces, normed
 from ssmc.ops.conv import ACTIVATIONS
 
 BLOCK_C = 256
-
-
-@triton.jit
-def _load_taps(w, scale, scale_step, bias, c, inside, TAPS: tl.constexpr):  # noqa: ANN202
-    """What channels c of the convolution know before: weights, their scale, bias."""
-    weights = ()
-    for k in tl.static_range(TAPS):
-        weights = weights + (tl.load(w + c * TAPS + k, mask=inside, other=0),)
-    scale = tl.load(scale + c * scale_step, mask=inside, other=1.0)
-    if bias is None:
-        return weights, scale, 0.0
-    else:
-        return weights, scale, tl.load(bias + c, mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_history(state, c, inside, C, TAPS: tl.constexpr):  # noqa: ANN202
-    """The last inputs of channels c, the oldest first."""
-    history = ()
-    for k in tl.static_range(TAPS - 1):
-        history = history + (tl.load(state + k * C + c, mask=inside, other=0),)
-    return history
-
-
-@triton.jit
-def _step(  # noqa: ANN202
-    q,
-    x_scale,
-    history,
-    taps,
-    state,
-    u_scale,
-    u_q,
-    y,
-    c,
-    inside,
-    C,
-    U,
-    TAPS: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """One position of channels c of a sequence: store the result and the history, moved on."""
-    inputs = history + (q,)
-    weights, scale, bias = taps
-    total = inputs[0].to(tl.int32) * weights[0].to(tl.int32)
-    for k in tl.static_range(1, TAPS):
-        total += inputs[k].to(tl.int32) * weights[k].to(tl.int32)
-    result = times_scale(total, scale * x_scale) + bias
-    if SILU:
-        result = silu(result)
-    tl.store(u_q + c, to_int8(result, inverse_of(u_scale)), mask=inside & (c < U))
-    tl.store(y + c - U, result, mask=inside & (c >= U))
-    # Threads that hold copies of a channel have read its history before one of them changes it.
-    tl.debug_barrier()
-    for k in tl.static_range(TAPS - 1):
-        tl.store(state + k * C + c, inputs[k + 1], mask=inside)
 
 
 @triton.jit
@@ -122,20 +64,21 @@ def _in_proj_kernel(  # noqa: ANN202
     norm_weights = load_norm(norm_weight, K, PIECE)
     q_scale = tl.load(out_scale + held * out_scale_step)
     b = load_bias(bias, held)
-    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
+    taps = load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
     channel_scale = tl.load(u_scale + c, mask=inside & (c < U), other=1.0)
     weight, scales = load_constants(w, w_scale, w_scale_step, held, K, PARTS, GROUP, COLUMNS)
-    let_next_load(CHAIN)
+    # The kernels behind are not let in before: not all programs of a large one find room at once.
     await_inputs(CHAIN)
     for row in range(rows):
         row_state = state + row * ((TAPS - 1) * C)
         pieces = load_pieces(x + row * x_stride, K, PIECE)
-        history = _load_history(row_state, c, inside, C, TAPS)
-        words, scale = quantized(normed(pieces, norm_weights, eps, K), PARTS)
+        history = load_history(row_state, c, inside, C, TAPS)
+        pieces, largest = normed(pieces, norm_weights, eps, K)
+        words, scale = quantized(pieces, largest, PARTS)
         result = product(weight, scales, words, scale, GROUP) + b
         result = to_int8(result, inverse_of(q_scale))
         tl.store(q + row * N + n, result, mask=n < N)
-        _step(
+        conv_step(
             result,
             q_scale,
             history,
@@ -178,13 +121,13 @@ def _conv_kernel(  # noqa: ANN202
     row = tl.program_id(1).to(tl.int64)
     inside = c < C
     scale = tl.load(q_scale + c * q_scale_step, mask=inside, other=1.0)
-    taps = _load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
+    taps = load_taps(conv_w, conv_w_scale, conv_w_scale_step, conv_bias, c, inside, TAPS)
     channel_scale = tl.load(u_scale + c, mask=inside & (c < U), other=1.0)
     await_inputs(CHAIN)
     row_state = state + row * ((TAPS - 1) * C)
-    history = _load_history(row_state, c, inside, C, TAPS)
+    history = load_history(row_state, c, inside, C, TAPS)
     newest = tl.load(q + row * q_stride + c, mask=inside, other=0)
-    _step(
+    conv_step(
         newest,
         scale,
         history,
@@ -262,15 +205,16 @@ def in_proj_conv_step(
         )
         return q, u_q, y, state_q
     q = torch.empty((*x.shape[:-1], n), dtype=torch.int8, device=x.device)
+    held = matvec_int4.held(w_q, w_scale)
     launch(
-        _in_proj_kernel,
-        (triton.cdiv(n, how.block_n),),
+        matvec_int4.in_proj_kernel if held else _in_proj_kernel,
+        (triton.cdiv(n, held.rows if held else how.block_n),),
         flat,
         flat.stride(0),
         norm_weight,
         eps,
         m,
-        w_q.view(torch.int32),
+        matvec_int4.descriptor(w_q, held) if held else w_q.view(torch.int32),
         w_scale,
         int(w_scale.numel() > 1),
         bias,
@@ -286,7 +230,6 @@ def in_proj_conv_step(
         width,
         device=x.device,
         **shape,
-        PIECE=piece,
-        **how.constants(),
+        **(held.constants() if held else {"PIECE": piece, **how.constants()}),
     )
     return q, u_q, y, state_q

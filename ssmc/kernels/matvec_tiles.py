@@ -19,7 +19,7 @@ import triton.language as tl
 from ssmc.errors import UsageError
 from ssmc.kernels.arithmetic import inverse_of, scale_for, times_scale, to_int8_within
 from ssmc.kernels.launch import INTERPRETED
-from ssmc.kernels.pieces import absmax_of, stack
+from ssmc.kernels.pieces import stack
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _EIGHTS = tl.constexpr(-0x07070708)  # four bytes of -8
@@ -140,6 +140,24 @@ def load_group_scales(
 
 
 @triton.jit
+def load_bias(bias, n):
+    """The bias of rows n, or zero where there is none."""
+    if bias is None:
+        return 0.0
+    else:
+        return tl.load(bias + n)
+
+
+@triton.jit
+def load_residual(residual, residual_stride, row, n):
+    """What is added to the products of rows n, or zero where there is nothing."""
+    if residual is None:
+        return 0.0
+    else:
+        return tl.load(residual + row * residual_stride + n)
+
+
+@triton.jit
 def joined(pieces, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """pieces[FIRST], ..., COUNT of them a power of two, zeros if missing: [n, COUNT]."""
     chosen = ()
@@ -197,13 +215,13 @@ def load_words(base, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def quantized(pieces, PARTS: tl.constexpr):
+def quantized(pieces, largest, PARTS: tl.constexpr):
     """`quantize_dynamic` of a float row in pieces of one width: (its words in parts, its scale).
 
-    Every part is a multiple of the pieces' width.
+    `largest` is the row's largest magnitude. Every part is a multiple of the pieces' width.
     """
     width: tl.constexpr = pieces[0].shape[0]
-    scale = scale_for(absmax_of(pieces))
+    scale = scale_for(largest)
     inverse = inverse_of(scale)
     in_pieces = ()
     for i in tl.static_range(len(pieces)):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmc.kernels.arithmetic import inverse_of, scale_for, to_int8_within
+from ssmc.kernels.arithmetic import inverse_of, inverse_rms, scale_for, to_int8_within
 
 
 @triton.jit
@@ -52,12 +52,47 @@ def store_pieces(start, pieces, N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def absmax_of(pieces):
-    """The largest magnitude of a row."""
+def largest_of(pieces):
+    """The largest magnitude at each place of the pieces."""
     largest = tl.abs(pieces[0])
     for i in tl.static_range(1, len(pieces)):
         largest = tl.maximum(largest, tl.abs(pieces[i]))
-    return tl.max(largest)
+    return largest
+
+
+@triton.jit
+def absmax_of(pieces):
+    """The largest magnitude of a row."""
+    return tl.max(largest_of(pieces))
+
+
+@triton.jit
+def _sum_and_largest(sum_a, largest_a, sum_b, largest_b):  # noqa: ANN202
+    return sum_a + sum_b, tl.maximum(largest_a, largest_b)
+
+
+@triton.jit
+def normed(x, weights, eps, K: tl.constexpr):
+    """`rms_norm` of a row in pieces, and its largest magnitude.
+
+    `weights` are those of the norm, if any. Without them the largest magnitude is the row's times a
+    factor, as rounding keeps the order: threads then meet once for both.
+    """
+    squares = x[0] * x[0]
+    for i in tl.static_range(1, len(x)):
+        squares += x[i] * x[i]
+    y = ()
+    if len(weights) == 0:
+        total, largest = tl.reduce((squares, largest_of(x)), 0, _sum_and_largest)
+        inverse = inverse_rms(total, K, eps)
+        for i in tl.static_range(len(x)):
+            y = y + (x[i] * inverse,)
+        return y, largest * inverse
+    else:
+        inverse = inverse_rms(tl.sum(squares), K, eps)
+        for i in tl.static_range(len(x)):
+            y = y + (x[i] * inverse * weights[i],)
+        return y, absmax_of(y)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch.nn import functional
 from ssmc.errors import UsageError
 from ssmc.kernels import selective_scan_warps
 from ssmc.kernels.arithmetic import LOG2E, parameter, silu, softplus
-from ssmc.kernels.launch import await_inputs, can_chain, launch
+from ssmc.kernels.launch import await_inputs, can_chain, launch, let_next_load
 from ssmc.kernels.tiles import processors
 
 _TOKENS = 32  # positions a program makes B and C of
@@ -85,6 +85,7 @@ def _tokens_kernel(  # noqa: ANN202
     `tokens` int32 [batch, rows, N] are the integers as bfloat16, B in the high half and C in the
     low one; `token_scales` float32 [batch, rows, 2]. `flags` [blocks] are set to zero.
     """
+    let_next_load(CHAIN)
     await_inputs(CHAIN)
     batch = tl.program_id(1).to(tl.int64)
     step = tl.program_id(0) * T + tl.arange(0, T)

@@ -1,4 +1,7 @@
-"""One step of Mamba's mixer between x_proj and out_proj: dt_proj, state update and gate."""
+"""One step of Mamba's mixer between x_proj and out_proj: dt_proj, state update and gate.
+
+The kernel here is for few sequences, and for a weight of 4 bits.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from ssmc.kernels.arithmetic import (
 )
 from ssmc.kernels.launch import await_inputs, launch, let_next_load
 from ssmc.kernels.prefetch import prefetch
+from ssmc.kernels.selective_steps import DEEPEST, FEWEST, run_steps
 
 
 @triton.jit
@@ -30,13 +34,9 @@ def _quantised(x, mask):  # noqa: ANN202
 
 
 @triton.jit
-def _products(x, w, MATRIX: tl.constexpr):  # noqa: ANN202
-    """int32 [S, D] of int8 x [S, K] and w [D, K]: by the tensor cores, or of few rows without."""
-    if MATRIX:
-        total = tl.dot(x, tl.trans(w), out_dtype=tl.int32)
-    else:
-        total = tl.sum(x.to(tl.int32)[:, None, :] * w.to(tl.int32)[None, :, :], 2)
-    return total
+def _products(x, w):  # noqa: ANN202
+    """int32 [S, D] of int8 x [S, K] and w [D, K], of few rows: without the tensor cores."""
+    return tl.sum(x.to(tl.int32)[:, None, :] * w.to(tl.int32)[None, :, :], 2)
 
 
 @triton.jit
@@ -85,7 +85,6 @@ def _step_kernel(  # noqa: ANN202
     z_scale_stride,
     GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    MATRIX: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
@@ -146,7 +145,7 @@ def _step_kernel(  # noqa: ANN202
     C_q, C_s = _quantised(x + rank + states + n[None, :], token)
     if GROUP == 0:
         low_q, low_s = _quantised(x + k[None, :], there[:, None] & (k < rank)[None, :])
-        dt = times_scale(_products(low_q, w, MATRIX), low_s * w_scale[None, :])
+        dt = times_scale(_products(low_q, w), low_s * w_scale[None, :])
     else:
         column = k // (GROUP // 2) * GROUP + k % (GROUP // 2)
         known = there[:, None] & (k < rank // 2)[None, :]
@@ -199,28 +198,38 @@ def selective_scan_step(
     """`ssmc.ops.steps.selective_scan_step`; the new state is written over `state`, contiguous.
 
     x_proj [B, 1, R + 2 N] and u_q, z_q [B, 1, D] may be views of wider rows. A program takes
-    `block_d` channels of `sequences` (powers of two); 16 sequences and more, and 16 channels, use
-    the tensor cores for dt_proj.
+    `block_d` channels of `sequences` (powers of two). With 16 of both and more, and a weight of 8
+    bits, it is the kernel of `ssmc.kernels.selective_steps`.
     """
     batch, _, width = u_q.shape
     states, rank = A.shape[1], x_proj.shape[-1] - 2 * A.shape[1]
     packed = dt_w_q.dtype == torch.uint8
     group = rank // dt_w_scale.shape[1] if packed else 0
-    sequences = sequences or (16 if batch >= 16 and not packed else 1)
-    block_d = block_d or (32 if sequences > 1 else 16)
+    by_matrices = not packed and rank <= DEEPEST
+    sequences = sequences or (FEWEST if by_matrices and batch >= FEWEST else 1)
+    by_matrices &= sequences >= FEWEST
+    block_d = block_d or (32 if by_matrices else 16)
     y = torch.empty((batch, 1, width), dtype=torch.float32, device=u_q.device)
-    launch(
-        _step_kernel,
-        (triton.cdiv(width, block_d), triton.cdiv(batch, sequences)),
+    operands = (
         *(x_proj, dt_w_q, dt_w_scale, dt_proj_bias, dt_scale, u_q, u_scale, A, D),
-        *(z_q, z_scale, dt_bias, state, y, batch, width, rank, states),
+        *(z_q, z_scale, dt_bias),
+    )
+    sizes = (batch, width, rank, states)
+    strides = (
         *(x_proj.stride(0), u_q.stride(0), 0 if z_q is None else z_q.stride(0)),
         *(min(dt_w_scale.dim(), 1), dt_scale.dim(), u_scale.dim()),
         0 if z_scale is None else z_scale.dim(),
+    )
+    if by_matrices and block_d >= FEWEST:
+        run_steps(operands, state, y, sizes, strides, softplus, sequences, block_d, num_warps)
+        return y, state
+    launch(
+        _step_kernel,
+        (triton.cdiv(width, block_d), triton.cdiv(batch, sequences)),
+        *(*operands, state, y, *sizes, *strides),
         device=u_q.device,
         GROUP=group,
         SOFTPLUS=softplus,
-        MATRIX=sequences >= 16 and block_d >= 16 and not packed,
         S=sequences,
         R=triton.next_power_of_2(max(rank, 32)),
         N=triton.next_power_of_2(states),

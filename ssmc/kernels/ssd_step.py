@@ -95,7 +95,7 @@ def _steps(scale: Tensor, dims: int) -> tuple[int, ...]:
 
 def _rows(heads: int, padded: int) -> int:
     """Channels a program: with few heads in all, few, so that every multiprocessor loads."""
-    return min(padded, 8 if heads <= 256 else 64)
+    return min(padded, 8 if heads <= 256 else 16)
 
 
 def ssd_scan_step(
@@ -137,6 +137,6 @@ def ssd_scan_step(
         RANK=triton.next_power_of_2(rank),
         PREFETCH=width % rows == 0 and rank * state.element_size() % 64 == 0,
         # One warp sums over a row of the state, and the largest of B and C, without barriers.
-        num_warps=num_warps or (1 if rows <= 16 else 4),
+        num_warps=num_warps or (1 if rows <= 8 else 2),
     )
     return y, state

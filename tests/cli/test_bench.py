@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,21 @@ def test_table_and_plot(call: Call, tiny_artefact: Path, tmp_path: Path) -> None
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_several_side_by_side(call: Call, tiny_artefact: Path, tiny_folder: Path) -> None:
+    other = tiny_artefact.parent / "other"
+    if not other.exists():
+        shutil.copytree(tiny_artefact, other)
+    given = (tiny_folder, tiny_artefact, other)
+    ended = call("bench", *given, "--ttft", "4,8", "-n", 2, "--json")
+    assert [m["target"] for m in ended.json["measurements"][:3]] == list(map(str, given))
+    assert [m["speedup"] is None for m in ended.json["measurements"][:3]] == [True, False, False]
+    assert list(ended.json["sizes"]) == list(map(str, given))
+    lines = legible(call("bench", *given, "--ttft", 4, "-n", 2))
+    assert any(line.startswith("ttft 4, batch 1") for line in lines)
+    assert lines[-1].split()[0] == "weights"
+    assert lines[-1].count("MB") == 3
+
+
 def test_size_alone_measures_nothing(call: Call, tiny_artefact: Path) -> None:
     data = call("bench", tiny_artefact, "--size", "--json").json
     assert data["measurements"] == []
@@ -93,7 +109,9 @@ def test_wrong_logits(call: Call, tiny_artefact: Path, monkeypatch: pytest.Monke
     assert ended.code == 1
     assert "batch 2, prompt 5: the logits differ" in ended.err
     assert ended.json["measurements"] == []
-    assert [(w["kind"], w["batch"], w["prompt"]) for w in ended.json["wrong"]] == [("ttft", 2, 5)]
+    assert [(w["target"], w["kind"], w["batch"], w["prompt"]) for w in ended.json["wrong"]] == [
+        (str(tiny_artefact), "ttft", 2, 5)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +129,7 @@ def test_wrong_logits(call: Call, tiny_artefact: Path, monkeypatch: pytest.Monke
         (["TARGET", "--random-weights", "130m"], 2, "stands for the target"),
         (["--random-weights", "28b"], 2, "2.8b"),
         (["TARGET", "--baseline", "TARGET"], 2, "compared with itself"),
+        (["TARGET", "demo", "TARGET"], 2, "compared with itself"),
         (["TARGET", "--baseline", "mamba-ssm"], 2, "--random-weights SIZE"),
         (["TARGET", "--baseline", "hf"], 2, "--baseline MODEL"),
         (["TARGET", "--baseline", "hf", "--baseline-dtype", "float8"], 2, "--baseline MODEL"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ssmc
+from ssmc.cli import doctor
 
 from .conftest import Call, legible, on_terminal
 
@@ -74,6 +75,45 @@ def test_doctor(call: Call) -> None:
         assert (row["version"] is None) == (row["install"] is not None)
         if row["install"]:
             assert any(row["install"] in line for line in lines), "with its extra in brackets"
+    always = data["features"][0]
+    assert (always["missing"], always["install"]) == ([], None)
+
+
+def test_doctor_knows_every_extra() -> None:
+    extras = set(metadata("ssmc").get_all("Provides-Extra") or ()) - {"dev"}
+    assert {feature.extra for feature in doctor.FEATURES} == extras | {None}
+
+
+def test_doctor_says_what_a_feature_lacks(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"matplotlib": "3.1"}
+
+    def found(name: str) -> str:
+        if name == "triton":
+            raise PackageNotFoundError(name)
+        return installed.get(name) or version(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", found)
+    features = {row["command"]: row for row in call("doctor", "--json").json["features"]}
+    plots = features["ssmc bench --plot"]
+    assert (plots["missing"], plots["install"]) == (
+        ["matplotlib>=3.9"],
+        "pip install 'ssmc[bench]'",
+    )
+    gpu = features["--device cuda"]
+    assert gpu["missing"] == ["triton>=3.6", "a CUDA device"]
+    assert gpu["install"] == "pip install 'ssmc[cuda]'"
+
+
+def test_doctor_of_a_folder_that_is_not_installed(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", missing)
+    ended = call("doctor")
+    assert ended.code == 2
+    assert "pip install -e ." in ended.error
 
 
 def test_help_and_version(call: Call) -> None:
@@ -156,3 +196,21 @@ def test_colour_on_a_terminal_only_and_not_with_no_color() -> None:
     plain = on_terminal("-m", "ssmc", "nosuch", NO_COLOR="1")
     assert "No such command" in plain
     assert "\x1b[1;31m" not in plain
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ssmc e", ["eval"]),
+        ("ssmc eval demo --base", ["--baseline"]),
+        ("ssmc bench --ttf", ["--ttft"]),
+    ],
+)
+def test_completion(words: str, expected: list[str]) -> None:
+    asked = {"_SSMC_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    place = {"COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "ssmc"],
+        env=os.environ | asked | place, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == expected

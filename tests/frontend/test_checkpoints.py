@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from ssmc import demo
 from ssmc.errors import NumericsError, UnsupportedError, UsageError
@@ -45,6 +46,19 @@ def test_demo_text() -> None:
         lines = file.read_text(encoding="utf-8").splitlines()
         assert len(lines) == count
         assert all(json.loads(line)["text"] for line in lines)
+
+
+def test_texts_are_encoded_whole(folder: Path) -> None:
+    whole = load_model("demo").tokenizer
+    assert whole is not None
+    cut = Tokenizer.from_str(whole.to_str())
+    cut.enable_truncation(4)
+    cut.enable_padding(length=64)
+    cut.save(str(folder / "tokenizer.json"))
+    loaded = load_model(str(folder)).tokenizer
+    assert loaded is not None
+    text = "In the beginning was the Word, and the Word was with God."
+    assert loaded.encode(text).ids == whole.encode(text).ids
 
 
 def test_folder_without_tokenizer(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ssmc.bench.baselines import MambaSsm, find_dtype
 from ssmc.bench.measure import Plan, measure
+from ssmc.bench.plot import plot
 from ssmc.bench.random_model import compile_random, random_recipe
 from ssmc.bench.report import Report
 from ssmc.bench.sizes import VOCABULARY, Size
@@ -33,7 +34,7 @@ def test_measured_models_are_right_and_their_memory_is_known(size: Size, tmp_pat
         assert 0 < m.timing.p10_ms <= m.timing.median_ms
         assert m.memory_bytes is not None
         assert m.memory_bytes >= subjects[0].weight_bytes
-    Report(subjects, plan, result, CUDA, 0).plot(tmp_path / "plot.png")
+    plot(Report(subjects, plan, result, CUDA, 0), tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("size", SMALL, ids=lambda size: size.layer)

@@ -94,3 +94,8 @@ def test_many_taps_are_left_to_the_operator(device: torch.device) -> None:
     args = operands(1, 3, 8, 20, False, device)
     for a, b in zip(kernels.int8_causal_conv1d(*args), ops.int8_causal_conv1d(*args), strict=True):
         assert torch.equal(a, b)
+
+
+def test_short_prompts_have_shorter_programs() -> None:
+    assert [kernels._positions(20, length, 132) for length in (512, 1024, 2048)] == [4, 8, 16]
+    assert kernels._positions(1, 1, 132) == 4

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from ssmc.kernels.matvec import int8_linear, int8_linear_add, matvec, norm_linear_step
 from ssmc.kernels.matvec_conv import in_proj_conv_step
+from ssmc.kernels.matvec_int4 import division
 from ssmc.kernels.matvec_tiles import parts_of
 
 
@@ -43,7 +44,11 @@ def close(got: Tensor, expected: Tensor, error: float = 2e-6) -> bool:
 
 
 def run(
-    kernel: Callable[..., Any], device: torch.device, *args: Any, block_n: int = 16, **config: Any
+    kernel: Callable[..., Any],
+    device: torch.device,
+    *args: Any,
+    block_n: int | None = 16,
+    **config: Any,
 ) -> Any:
     """The kernel's results, back on the CPU; few programs, each of which the interpreter runs."""
     config["block_n"] = block_n
@@ -79,6 +84,38 @@ def test_int8_linear_has_the_operators_bits(
         w_scale, x_scale = w_scale.amax(), x_scale.amax()
     args = (x_q, x_scale, w_q, w_scale, bias)
     assert torch.equal(run(int8_linear, device, *args), ops.int8_linear(*args))
+
+
+def test_a_weight_of_few_rows_has_a_warp_for_each(device: torch.device) -> None:
+    x_q, x_scale = ops.quantize_dynamic(torch.randn(1, 1, 320))
+    w_q, w_scale = weight(5, 320)
+    how = matvec(w_q, w_scale, rows=1)
+    assert how is not None
+    assert (how.block_n, how.warps) == (2, 2)
+    args = (x_q, x_scale, w_q, w_scale, None)
+    assert torch.equal(run(int8_linear, device, *args, block_n=None), ops.int8_linear(*args))
+
+
+def packed(n: int, k: int, group: int = 128) -> tuple[Tensor, Tensor]:
+    """Storage for a weight of 4 bits, and for its scales."""
+    return torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // group)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "warps"), [(10240, 2560, 80, 8), (2560, 5120, 20, 4), (3072, 768, 24, 4)]
+)
+def test_multiprocessors_hold_a_weight_of_4_bits(n: int, k: int, rows: int, warps: int) -> None:
+    how = division(*packed(n, k), count=132)
+    assert how is not None
+    assert (how.rows, how.warps) == (rows, warps)
+    assert 132 * how.rows >= n
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(192, 5120, 128), (50280, 2560, 128), (2560, 5136, 48), (2560, 5120, 16)]
+)
+def test_what_they_do_not_hold(n: int, k: int, group: int) -> None:
+    assert division(*packed(n, k, group), count=132) is None
 
 
 def test_int8_linear_of_a_view(device: torch.device) -> None:

@@ -182,7 +182,14 @@ def check_step(
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(
     ("shape", "sequences"),
-    [((1, 48, 16, 8), None), ((3, 37, 8, 5), 1), ((5, 32, 16, 4), 4), ((18, 40, 16, 20), 16)],
+    [
+        ((1, 48, 16, 8), None),
+        ((3, 37, 8, 5), 1),
+        ((5, 32, 16, 4), 4),
+        ((18, 40, 16, 20), None),
+        ((17, 21, 5, 70), 16),
+        ((16, 16, 32, 33), 16),
+    ],
 )
 def test_step(
     shape: tuple[int, int, int, int], sequences: int | None, bare: bool, device: torch.device
@@ -203,8 +210,9 @@ def test_step_with_a_packed_weight(rank: int, group: int, device: torch.device) 
     check_step(arguments, reference(arguments), ERROR)
 
 
-def test_step_of_a_state_in_16_bits(device: torch.device) -> None:
-    arguments = step(device, 2, 32, 16, 8)
+@pytest.mark.parametrize("batch", [2, 19])
+def test_step_of_a_state_in_16_bits(batch: int, device: torch.device) -> None:
+    arguments = step(device, batch, 32, 16, 8)
     arguments["state"] = arguments["state"].bfloat16()
     expected = steps.selective_scan_step(**arguments)
     check_step(arguments, expected, 2**-7)  # the interpreter cuts off instead of rounding

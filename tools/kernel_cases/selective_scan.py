@@ -1,4 +1,4 @@
-"""The scan of Mamba-1 2.8B and 130m: prompts of 512 and 2048, one step of 1 and 64 sequences."""
+"""The scan of Mamba-1 2.8B and 130m: prompts of 512 and 2048, a step of 1 and 64 sequences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _prompt(width: int, length: int) -> Inputs:
     return inputs
 
 
-def _step(width: int, rank: int, batch: int) -> Inputs:
+def _step(width: int, rank: int, batch: int, state_type: torch.dtype) -> Inputs:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         A, D, dt_bias = _channels(device, width)
         x_proj = torch.randn(batch, 1, rank + 2 * STATES, device=device)
@@ -59,7 +59,7 @@ def _step(width: int, rank: int, batch: int) -> Inputs:
         u = integers(batch, 1, width, device=device)
         z = integers(batch, 1, 2 * width, device=device)[..., width:]
         u_scale, dt_scale, z_scale = (_scales(device, width) for _ in range(3))
-        state = torch.randn(batch, width, STATES, device=device)
+        state = torch.randn(batch, width, STATES, device=device).to(state_type)
         projection = (x_proj, weight, weight_scale, None, dt_scale)
         return (*projection, u, u_scale, A, D, z, z_scale, dt_bias, state, True)
 
@@ -88,23 +88,24 @@ def _prompt_case(model: str, length: int) -> Case:
     )
 
 
-def _step_case(model: str, batch: int) -> Case:
+def _step_case(model: str, batch: int, bits: int = 32) -> Case:
     width, rank = WIDTHS[model]
     weight = width * (rank + 4)
-    sequences = batch * (4 * (rank + 2 * STATES) + width * (2 + 4 + 2 * 4 * STATES))
+    sequences = batch * (4 * (rank + 2 * STATES) + width * (2 + 4 + 2 * bits // 8 * STATES))
     single = [{"block_d": d, "num_warps": w} for d, w in ((8, 2), (8, 4), (16, 4), (32, 4))]
     many = [
         {"block_d": d, "sequences": s, "num_warps": w}
-        for d, s, w in ((32, 16, 4), (32, 16, 8), (16, 16, 4), (64, 16, 8), (16, 32, 8), (16, 1, 4))
+        for d, s, w in ((32, 16, 4), (32, 16, 8), (16, 16, 4), (64, 16, 8), (32, 32, 8), (16, 1, 4))
     ]
     return Case(
-        f"selective scan step {model} batch {batch}",
+        f"selective scan step {model} batch {batch}" + (" bf16" if bits == 16 else ""),
         ops.selective_scan_step,
         selective_scan_step,
-        _step(width, rank, batch),
+        _step(width, rank, batch, torch.bfloat16 if bits == 16 else torch.float32),
         bytes=weight + sequences + _parameter_bytes(width),
         operations=batch * width * (STATES + 2),
         unit="exp",
+        error=1e-5 if bits == 32 else 3e-4,
         configs=tuple(single if batch == 1 else many),
     )
 
@@ -115,6 +116,7 @@ CASES: tuple[Case, ...] = (
     _prompt_case("130m", 512),
     _step_case("2.8b", 1),
     _step_case("2.8b", 64),
+    _step_case("2.8b", 64, bits=16),
     _step_case("130m", 1),
     _step_case("130m", 64),
 )

@@ -19,6 +19,17 @@ PROJECTED = 2 * INNER + 2 * RANK + HEADS  # what in_proj gives: z, x, B, C and d
 STATE = INNER * RANK
 
 
+_MANY: tuple[dict[str, Any], ...] = (
+    {"rows": 8, "num_warps": 1},
+    {"rows": 16, "num_warps": 1},
+    {"rows": 16, "num_warps": 2},
+    {"rows": 32, "num_warps": 2},
+    {"rows": 32, "num_warps": 4},
+    {"rows": 64, "num_warps": 4},
+    {"rows": 64, "num_warps": 8},
+)
+
+
 def _scales(device: torch.device, *shape: int) -> Tensor:
     return scales(*shape, device=device, least=0.01, most=0.03)
 
@@ -48,11 +59,11 @@ def _prompt(length: int) -> Inputs:
     return inputs
 
 
-def _step(batch: int) -> Inputs:
+def _step(batch: int, state_type: torch.dtype) -> Inputs:
     def inputs(device: torch.device) -> tuple[Any, ...]:
         A, D, dt_bias = _heads(device)
         BC = torch.randn(batch, 1, 2 * RANK, device=device)
-        state = torch.randn(batch, HEADS, WIDTH, RANK, device=device)
+        state = torch.randn(batch, HEADS, WIDTH, RANK, device=device).to(state_type)
         return (*_x_and_dt(device, batch, 1), A, BC, 1, D, dt_bias, state)
 
     return inputs
@@ -74,14 +85,14 @@ def _prompt_case(length: int, *configs: dict[str, Any]) -> Case:
     )
 
 
-def _step_case(batch: int, *configs: dict[str, Any]) -> Case:
+def _step_case(batch: int, *configs: dict[str, Any], bits: int = 32) -> Case:
     return Case(
-        f"ssd_scan_step 2.7b batch={batch}",
+        f"ssd_scan_step 2.7b batch={batch}" + (" bf16" if bits == 16 else ""),
         ops.ssd_scan_step,
         ssd_scan_step,
-        _step(batch),
-        bytes=batch * (8 * STATE + 5 * INNER + HEADS + 8 * RANK),
-        error=5e-6,
+        _step(batch, torch.bfloat16 if bits == 16 else torch.float32),
+        bytes=batch * (2 * bits // 8 * STATE + 5 * INNER + HEADS + 8 * RANK),
+        error=5e-6 if bits == 32 else 3e-4,
         configs=({}, *configs),
     )
 
@@ -110,13 +121,6 @@ CASES: tuple[Case, ...] = (
         {"rows": 16, "num_warps": 1},
         {"rows": 16, "num_warps": 4},
     ),
-    _step_case(
-        64,
-        {"rows": 8, "num_warps": 1},
-        {"rows": 16, "num_warps": 2},
-        {"rows": 32, "num_warps": 2},
-        {"rows": 32, "num_warps": 4},
-        {"rows": 64, "num_warps": 4},
-        {"rows": 64, "num_warps": 8},
-    ),
+    _step_case(64, *_MANY),
+    _step_case(64, *_MANY, bits=16),
 )
