@@ -56,19 +56,30 @@ def expert_linear(x: Tensor, weight: Tensor, index: Tensor, exact: bool = False)
 
 
 def by_expert(
-    product: Callable[..., Tensor], index: Tensor, experts: int, width: int, *values: Tensor
+    product: Callable[..., Tensor],
+    index: Tensor,
+    experts: int,
+    width: int,
+    *values: Tensor,
+    every_row: bool | None = None,
 ) -> Tensor:
     """`product(*rows, expert)` of the rows that chose each expert: float32 [B, L, k, width].
 
-    `values` are [B, L, C], the same for all k, or [B, L, k, C]; index is [B, L, k].
+    `values` are [B, L, C], the same for all k, or [B, L, k, C]; index is [B, L, k]. With
+    `every_row` an expert has all rows, of which those are kept that chose it: by default on a GPU,
+    which would be waited for otherwise.
     """
     chosen = index.flatten()
-    y = torch.empty((len(chosen), width), dtype=torch.float32, device=index.device)
+    y = torch.zeros((len(chosen), width), dtype=torch.float32, device=index.device)
     per_choice = [v.unsqueeze(2) if v.dim() == 3 else v for v in values]
     flat = [v.expand(*index.shape, v.shape[-1]).reshape(len(chosen), -1) for v in per_choice]
     for expert in range(experts):
-        rows = (chosen == expert).nonzero().squeeze(1)
-        y[rows] = product(*(value[rows] for value in flat), expert)
+        mine = chosen == expert
+        if index.is_cuda if every_row is None else every_row:
+            y = torch.where(mine.unsqueeze(1), product(*flat, expert), y)
+        else:
+            rows = mine.nonzero().squeeze(1)
+            y[rows] = product(*(value[rows] for value in flat), expert)
     return y.unflatten(0, index.shape)
 
 

@@ -15,6 +15,7 @@ from ssmc.ops import (
     quantize_dynamic,
     top_k,
 )
+from ssmc.ops.experts import by_expert
 from ssmc.quant.formats import quantize_weight
 from ssmc.quant.weights import quantize_groups
 
@@ -47,6 +48,16 @@ def test_integers_give_the_same_bits(shape: tuple[int, ...], one_scale: bool) ->
     w_q, w_scale = (t.unflatten(0, (5, 9)) if t.dim() else t for t in pair)
     expected = expert_linear(dequantize(x_q, x_scale), dequantize(w_q, w_scale), index, True)
     assert torch.equal(int8_expert_linear(x_q, x_scale, w_q, w_scale, index), expected)
+
+
+def test_every_row_through_every_expert() -> None:
+    x, weight, index = torch.randn(2, 63, 12), torch.randn(5, 9, 12), torch.randint(4, (2, 63, 3))
+
+    def product(rows: Tensor, expert: int) -> Tensor:
+        return rows @ weight[expert].T
+
+    found = by_expert(product, index, 5, 9, x, every_row=True)
+    assert relative_error(found, one_by_one(x, weight, index)) < 1e-6
 
 
 def test_groups_of_stacked_weights() -> None:
