@@ -38,7 +38,8 @@ class QuantisedWeight:
 
     def write(self, g: Graph, q: torch.Tensor, scale: torch.Tensor) -> None:
         """Put other integers [N, K] and scales [N, G] in the place of those it has."""
-        for node, value in zip(self.twin.args[:2], self.form.store(q, scale), strict=True):
+        stored = _store(self.form, q, scale, self.weight.shape[:-1])
+        for node, value in zip(self.twin.args[:2], stored, strict=True):
             g.set_param(node, value)  # type: ignore[arg-type]
 
 
@@ -124,10 +125,7 @@ class Quantiser:
     def _stored(self, user: fx.Node, name: str, value: torch.Tensor, form: WeightFormat) -> fx.Node:
         rows = value.flatten(0, -2)
         scale = form.scales(rows)
-        stored = [
-            tensor.unflatten(0, value.shape[:-1]) if tensor.dim() else tensor
-            for tensor in form.store(form.round(rows, scale), scale)
-        ]
+        stored = _store(form, form.round(rows, scale), scale, value.shape[:-1])
         q = self.g.new_param(f"{name}_int{form.bits}", stored[0])
         s = self.g.new_param(f"{name}_scale", stored[1])
         with self.g.before(user):
@@ -162,6 +160,13 @@ class Quantiser:
         integers, scale = pair[-2:]
         with self.g.after(pair[0]):
             return self.g.call("ssmc::dequantize", integers, scale, like=value, suffix="dq")
+
+
+def _store(
+    form: WeightFormat, q: torch.Tensor, scale: torch.Tensor, rows: torch.Size
+) -> list[torch.Tensor]:
+    """Integers and scales as the graph holds them, with rows [N], or [E, N] of stacked experts."""
+    return [t.unflatten(0, rows) if t.dim() else t for t in form.store(q, scale)]
 
 
 def _shared(absmax: torch.Tensor, clusters: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from ssmc.core import Context, Graph, Pass, register
+from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 from ssmc.errors import NumericsError, PassError, UsageError
 from ssmc.passes._calibration import StagedRun
 from ssmc.passes._qdq import QuantisedWeight
+from ssmc.passes._transformer import LINEARS
 from ssmc.quant.gptq import Hessian, gptq
+from ssmc.quant.weights import WeightFormat
 
 
 @register
@@ -55,10 +60,7 @@ class Gptq(Pass):
         left: list[float] = []
         for linear, batches in StagedRun(g, list(chosen), context).inputs():
             weight = chosen[linear]
-            hessian = Hessian(weight.weight.shape[1], weight.weight.device)
-            for x in batches:
-                hessian.add(x)
-            left.append(self._round(g, linear, weight, hessian))
+            left.append(self._round(g, linear, weight, _hessians(weight, batches)))
         if left:
             share = f"{min(left):.2f} to {max(left):.2f}"
             g.note(f"outputs: {share} of the squared error of nearest integers")
@@ -69,9 +71,7 @@ class Gptq(Pass):
             raise PassError("no pass left weights to round", hint="name quantise before it")
         weights = {weight.twin: weight for weight in g.facts["quantise"]}
         chosen = {}
-        for experts in g.calls("ssmc::expert_linear"):
-            g.skip(experts, "experts keep nearest integers: each would need inputs of its own")
-        for linear in g.calls("ssmc::linear"):
+        for linear in (n for n in g.nodes if is_call(n, *LINEARS)):
             weight = weights.get(operands(linear)["weight"])
             if weight is not None and self._takes(g, linear, weight):
                 chosen[linear] = weight
@@ -88,20 +88,53 @@ class Gptq(Pass):
             return True
         return False
 
-    def _round(self, g: Graph, linear: fx.Node, weight: QuantisedWeight, hessian: Hessian) -> float:
+    def _round(
+        self, g: Graph, linear: fx.Node, weight: QuantisedWeight, hessians: Sequence[Hessian]
+    ) -> float:
         """The squared error of the layer's outputs, as a share of that of nearest integers."""
-        form, value = weight.form, weight.weight
+        width = weight.weight.shape[-1]
+        matrices = weight.weight.view(len(hessians), -1, width)
         try:
-            q, scale = gptq(value, hessian, form, self.damping, self.act_order)
+            found = [
+                self._choose(matrix, hessian, weight.form)
+                for matrix, hessian in zip(matrices, hessians, strict=True)
+            ]
         except NumericsError as error:
             error.args = (f"{linear.name}: {error}",)
             raise
-        s = form.scales(value)
-        nearest = hessian.error(form.values(form.round(value, s), s) - value)
-        left = hessian.error(form.values(q, scale) - value)
+        integers, scales, lefts, errors = zip(*found, strict=True)
+        left, nearest = sum(lefts), sum(errors)
         if not left < nearest:
             g.skip(linear, "nearest integers err no more")
             return 1.0
-        weight.write(g, q, scale)
+        weight.write(g, torch.cat(integers), torch.cat(scales))
         g.match(linear)
         return left / nearest
+
+    def _choose(
+        self, value: Tensor, hessian: Hessian, form: WeightFormat
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """Integers and scales of a matrix, the error they leave, and that of nearest integers."""
+        s = form.scales(value)
+        nearest = form.round(value, s)
+        error = hessian.error(form.values(nearest, s) - value)
+        if not error:  # an expert that no token chose has no error
+            return nearest, s, error, error
+        q, scale = gptq(value, hessian, form, self.damping, self.act_order)
+        left = hessian.error(form.values(q, scale) - value)
+        return (q, scale, left, error) if left < error else (nearest, s, error, error)
+
+
+def _hessians(weight: QuantisedWeight, batches: Iterator[Any]) -> list[Hessian]:
+    """That of a layer's inputs; of stacked experts one for each, of the tokens that chose it."""
+    *experts, _, width = weight.weight.shape
+    hessians = [Hessian(width, weight.weight.device) for _ in range(*experts or (1,))]
+    for given in batches:
+        if not experts:
+            hessians[0].add(given)
+            continue
+        x, index = given
+        each = x.unsqueeze(2).expand(*index.shape, width) if x.dim() == 3 else x
+        for expert, hessian in enumerate(hessians):
+            hessian.add(each[index == expert])
+    return hessians
