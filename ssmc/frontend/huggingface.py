@@ -21,6 +21,9 @@ from ssmc.errors import UnsupportedError, UsageError, did_you_mean
 
 TESTED = ((5, 17), (5, 23))
 _NEEDED = ("AutoConfig", "AutoModelForCausalLM", "MambaConfig", "Mamba2Config")
+_SUPPORTED = (
+    "supported are mamba, mamba2, falcon_mamba, jamba, llama and their like (docs/models.md)"
+)
 _log = logging.getLogger("ssmc")
 
 
@@ -69,7 +72,7 @@ def config(raw: Mapping[str, Any], name: str) -> Any:
     if kind not in known:
         raise UnsupportedError(
             f"{name}: model type '{kind}' is not known to transformers {library().__version__}",
-            hint=did_you_mean(kind, known) or "supported are mamba, mamba2 and falcon_mamba",
+            hint=did_you_mean(kind, known) or _SUPPORTED,
         )
     try:
         with _quiet():
@@ -101,7 +104,7 @@ def skeleton(config: Any) -> nn.Module:
     except ValueError as error:
         raise UnsupportedError(
             f"transformers has no causal language model for '{config.model_type}'",
-            hint="supported are mamba, mamba2 and falcon_mamba",
+            hint=_SUPPORTED,
         ) from error
 
 
