@@ -163,13 +163,24 @@ def logits(module: nn.Module, input_ids: Any) -> Any:
     """The logits [B, L, V] of a causal language model for token ids [B, L].
 
     Where the model would make positions and masks of the length, which adapters need none of, it is
-    handed some as if they were made: a mask of four dimensions is passed on as it is.
+    handed something as if they were made: a mask of four dimensions is passed on as it is. Neither
+    can be taken for the real thing.
     """
     given: dict[str, Any] = {"use_cache": False, "return_dict": True}
     if "position_ids" in inspect.signature(module.forward).parameters:
-        given["position_ids"] = torch.zeros(1, 1, dtype=torch.int64)
-        given["attention_mask"] = torch.zeros(1, 1, 1, 1)
+        given["position_ids"] = _Positions()
+        given["attention_mask"] = torch.full((1, 1, 1, 1), torch.nan)
     return module(input_ids=input_ids, **given).logits
+
+
+class _Positions:
+    """In the place of positions, which adapters know; other code that wants them is refused."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(
+            "the positions of tokens, for something else than rotary embeddings",
+            hint="register an adapter that takes the state 'position'",
+        )
 
 
 def eos_token_id(module: Any) -> int | list[int] | None:

@@ -94,3 +94,15 @@ def test_scaled_rotations() -> None:
     assert model.model.rotary_emb.attention_scaling != 1  # type: ignore[union-attr, operator]
     ids = tokens(2, 40)
     assert error(trace(model)(ids)[0], logits(model, ids)) < 1e-5
+
+
+def test_positions_for_anything_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("llama")
+    inner = type(model.model).forward
+
+    def forward(*args: Any, position_ids: Any, **kwargs: Any) -> Any:
+        return inner(model.model, *args, position_ids=position_ids.long(), **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    with pytest.raises(UnsupportedError, match="the positions of tokens, for something else"):
+        trace(model)
