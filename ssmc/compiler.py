@@ -25,6 +25,7 @@ from ssmc.lowering import BACKENDS
 from ssmc.overlap import run_hashes, to_text
 from ssmc.recipe import Recipe, make_recipe
 from ssmc.runtime import Artefact, CompiledModel, choose_backend
+from ssmc.runtime.template import read_chat_template
 
 CALIBRATION_BATCH = 8
 PROBE_LENGTH = 64
@@ -123,7 +124,12 @@ def _checkpoint_source(model: Model, recipe: Recipe) -> Source:
     }
     return Source(
         trace(model.module),
-        {"source": source, "calibration": about, "eos": model.eos_token_id},
+        {
+            "source": source,
+            "calibration": about,
+            "eos": model.eos_token_id,
+            "chat": read_chat_template(model.folder),
+        },
         [(batch,) for batch in windows.split(CALIBRATION_BATCH)],
         model.tokenizer.to_str() if model.tokenizer else None,
     )

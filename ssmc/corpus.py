@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FIELDS = ("text", "page")
-FORM = "write one object with a field 'text' a line"
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -26,37 +25,70 @@ def read_texts(path: str | Path) -> list[str]:
     broken.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(
-            f"cannot read {path}: {reason}", hint="give a .jsonl or .txt file"
-        ) from None
-    texts = _documents(path, text) if path.suffix == ".jsonl" else [text]
+    text = _read(path)
+    texts = [text]
+    if path.suffix == ".jsonl":
+        texts = [str(row[found]) for row, found in _objects(path, text, FIELDS)]
     if not any(text.strip() for text in texts):
         raise UsageError(f"{path} holds no text", hint="give a .jsonl or .txt file with text in it")
     return texts
 
 
-def _documents(path: Path, text: str) -> list[str]:
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """The prompts of a .jsonl file (one object with `prompt` a line), or of a file with one a line.
+
+    Each is an object with a string `prompt` and whatever else its line has; blank lines count for
+    nothing. Raises UsageError as `read_texts` does.
+    """
+    path = Path(path)
+    text = _read(path)
+    if path.suffix == ".jsonl":
+        rows = [row for row, _ in _objects(path, text, ("prompt",))]
+    else:
+        lines = (line.removesuffix("\r") for line in text.split("\n"))
+        rows = [{"prompt": line} for line in lines if line.strip()]
+    if not rows:
+        raise UsageError(f"{path} holds no prompt", hint="write one a line")
+    return rows
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(
+            f"cannot read {path}: {reason}", hint="give a .jsonl or .txt file"
+        ) from None
+
+
+def _objects(path: Path, text: str, fields: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The object of each line that is not blank, with the first of `fields` that it has."""
     lines = text.split("\n")  # splitlines would cut a JSON string at U+2028
-    return [_document(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _object(f"{path}:{number}", line, fields)
 
 
-def _document(path: Path, number: int, line: str) -> str:
+def _object(where: str, line: str, fields: Sequence[str]) -> tuple[dict[str, Any], str]:
+    form = f"write one object with a field '{fields[0]}' a line"
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(
-            f"{path}:{number}: broken JSON: {error.msg} at column {error.colno}", hint=FORM
+            f"{where}: broken JSON: {error.msg} at column {error.colno}", hint=form
         ) from None
-    text = next((row[f] for f in FIELDS if f in row), None) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise UsageError(f"{path}:{number}: no field 'text' with a string in it", hint=FORM)
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise UsageError(f"{path}:{number}: half of a surrogate pair, which is no text", hint=FORM)
-    return text
+    found = next((f for f in fields if f in row), None) if isinstance(row, dict) else None
+    if found is None or not isinstance(row[found], str):
+        raise UsageError(f"{where}: no field '{fields[0]}' with a string in it", hint=form)
+    if not is_text(row[found]):
+        raise UsageError(f"{where}: half of a surrogate pair, which is no text", hint=form)
+    return row, found
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is text: not where it has half of a surrogate pair."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def token_windows(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tokenizer
 
-from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
+from ssmc.corpus import file_hash, read_prompts, read_texts, sample_windows, token_windows
 from ssmc.errors import UsageError
 
 
@@ -72,6 +72,30 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         read_texts(tmp_path / "nowhere.jsonl")
     with pytest.raises(UsageError, match="Is a directory"):
         read_texts(tmp_path)
+
+
+def test_prompts(tmp_path: Path) -> None:
+    lines = '{"prompt": "one", "id": 3}\n\n{"prompt": " two\\n", "text": "no"}\r\n'
+    expected = [{"prompt": "one", "id": 3}, {"prompt": " two\n", "text": "no"}]
+    assert read_prompts(write(tmp_path, lines)) == expected
+    plain = "one\r\n  \n two \n{\u2028}"
+    rows = read_prompts(write(tmp_path, plain, "prompts.txt"))
+    assert rows == [{"prompt": p} for p in ("one", " two ", "{\u2028}")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", "text.jsonl holds no prompt"),
+        ('{"prompt": "a"}\n{"text": "b"}', "text.jsonl:2: no field 'prompt' with a string in it"),
+        ('{"prompt": ["a"]}', "text.jsonl:1: no field 'prompt'"),
+        ('{"prompt": "\\udc00"}', "text.jsonl:1: half of a surrogate pair"),
+        ('{"prompt": "a', "text.jsonl:1: broken JSON"),
+    ],
+)
+def test_prompts_that_are_broken(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_prompts(write(tmp_path, text))
 
 
 def test_windows_hold_a_separator_before_each_document() -> None:

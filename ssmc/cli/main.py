@@ -12,6 +12,7 @@ import typer
 from ssmc import __version__
 from ssmc.cli import (
     bench,
+    chat,
     doctor,
     generate,
     inspect,
@@ -48,6 +49,7 @@ app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.run)
 app.command("generate")(generate.run)
+app.command("chat")(chat.run)
 app.command("verify")(verify.run)
 app.command("bench")(bench.run)
 app.command("doctor")(doctor.run)

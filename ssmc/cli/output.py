@@ -36,6 +36,11 @@ def say(text: str) -> None:
     print(text)
 
 
+def say_part(text: str) -> None:
+    """A part of a line of result, to be seen at once."""
+    print(text, end="", flush=True)
+
+
 def note(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
@@ -44,6 +49,11 @@ def note(text: str) -> None:
 def say_json(data: dict[str, Any]) -> None:
     """One object with the schema it follows."""
     print(json.dumps({"schema": 1} | data, indent=1, allow_nan=False))
+
+
+def say_json_line(data: dict[str, Any]) -> None:
+    """One such object on one line."""
+    print(json.dumps({"schema": 1} | data, allow_nan=False), flush=True)
 
 
 def say_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from ssmc.runtime import CompiledModel
+    from ssmc.runtime import CompiledModel, Session
 
 
 def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -33,6 +33,7 @@ class Target:
     eos: int | None
     device: torch.device
     compiled: CompiledModel | None = None
+    chat: dict[str, Any] | None = None
     fingerprint: str | None = None  # of a float model
 
     def encoder(self) -> tuple[Tokenizer, int]:
@@ -45,6 +46,28 @@ class Target:
                 hint="put tokenizer.json into the folder of the model (and compile it again)",
             )
         return self.tokenizer, self.eos
+
+    def encode(self, prompt: str, what: str = "the prompt") -> torch.Tensor:
+        """The tokens [length] of a prompt; UsageError, which calls it `what`, where it has none."""
+        import torch
+
+        from ssmc.corpus import is_text
+        from ssmc.errors import UsageError
+
+        if not is_text(prompt):
+            raise UsageError(f"{what} is not UTF-8 text", hint="check how it is encoded")
+        ids = self.encoder()[0].encode(prompt, add_special_tokens=False).ids
+        if not ids:
+            raise UsageError(f"{what} is empty", hint="give some text to go on from")
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+    def session(self) -> Session:
+        """One fresh sequence."""
+        from ssmc.runtime import Session
+
+        if self.compiled is not None:
+            return self.compiled.session()
+        return Session(lambda form: self.run, 1, self.device)
 
     def windows(self, text: Path, length: int, limit: int | None) -> torch.Tensor:
         """Windows of tokens [n, length] of a text file, on the device of what runs."""
@@ -78,8 +101,8 @@ def open_target(name: str, backend: str = "auto", device: str = "auto") -> Targe
 
     if (Path(name) / GRAPH).is_file() or is_artefact(name):
         compiled = load(name, backend, device)
-        run_on = compiled.device
-        return Target(name, compiled, compiled.tokenizer, compiled.eos, run_on, compiled)
+        run_on, chat = compiled.device, compiled.about.get("chat")
+        return Target(name, compiled, compiled.tokenizer, compiled.eos, run_on, compiled, chat)
     return open_model(name, device)
 
 
@@ -87,12 +110,12 @@ def open_model(name: str, device: str = "auto") -> Target:
     """The float model called `name`, traced, on a device."""
     from ssmc.device import find_device, move
     from ssmc.frontend import load_model, trace
+    from ssmc.runtime.template import read_chat_template
 
     found = find_device(device)
     note(f"loading {name}")
     model = load_model(name)
     graph = trace(model.module)
     move(graph, found)
-    return Target(
-        name, graph, model.tokenizer, model.eos_token_id, found, fingerprint=model.fingerprint
-    )
+    chat, mark = read_chat_template(model.folder), model.fingerprint
+    return Target(name, graph, model.tokenizer, model.eos_token_id, found, None, chat, mark)

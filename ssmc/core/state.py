@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class StateSpec:
         had = state.shape[1]
         if had >= room:
             return state
-        longer = self.zeros(len(state), state.device, max(room, 2 * had))
+        longer = self.zeros(len(state), state.device, room)
         longer[:, :had] = state
         return longer
 
@@ -58,7 +58,16 @@ def fresh_states(
     return {spec.name: spec.zeros(batch, device, room) for spec in specs}
 
 
-def with_room(specs: Iterable[StateSpec], states: States, tokens: int) -> States:
-    """The states, the open ones extended where they lack room for `tokens` more."""
-    room = int(states[POSITION].max()) + tokens
+def with_room(specs: Sequence[StateSpec], states: States, tokens: int) -> States:
+    """The states, with twice the room or more in those that are open, if they lack it for `tokens`.
+
+    Some of the states are open.
+    """
+    needed = int(states[POSITION].max()) + tokens
+    had = min(states[spec.name].shape[1] for spec in specs if spec.is_open)
+    return states if needed <= had else extended_states(specs, states, max(needed, 2 * had))
+
+
+def extended_states(specs: Iterable[StateSpec], states: States, room: int) -> States:
+    """The states, with room for at least `room` tokens in those that are open."""
     return states | {s.name: s.extended(states[s.name], room) for s in specs if s.is_open}

@@ -17,7 +17,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ssmc.errors import UsageError
-from ssmc.runtime.generate import Model, Sampling, stream
+from ssmc.runtime.generate import Model, stream
+from ssmc.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -10,7 +10,7 @@ from ssmc.frontend import state_spaces
 from ssmc.frontend.weights import first_line, read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = ("*.json", "*.safetensors", "tokenizer*")
+_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 _LOCAL = "or give a local folder, or 'demo'"
 
 

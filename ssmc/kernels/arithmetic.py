@@ -77,8 +77,11 @@ def scaled(q, scale):
     """q * scale of int8 q and a scale of 8 significant bits, by two operations and exact.
 
     The byte q + 128 as last bits of 2^23 makes 2^23 + 128 + q, which the fused operation scales
-    and takes the first part off; 2^23 + 128 times the scale has 24 bits.
+    and takes the first part off; 2^23 + 128 times the scale has 24 bits. The interpreter does not
+    fuse.
     """
+    if _INTERPRETED:
+        return q.to(tl.float32) * scale
     pattern = q.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
     return tl.fma(pattern.to(tl.float32, bitcast=True), scale, scale * -8388736.0)
 

@@ -1,8 +1,11 @@
-"""Rotation by a Hadamard matrix: additions among the pieces of a row and inside each.
+"""Rotation by a Hadamard matrix: additions of whole pieces of a row, none inside a piece.
 
 The matrix of a block is kron(P, S), P Paley's of order m and S Sylvester's of order 2^k. A row is
 cut so that an index of P or a high bit of one of S is a number of a piece: along these the product
-is additions of whole pieces. The low bits of S are butterflies inside a piece.
+is additions of pieces. Then a bundle of up to 16 pieces becomes one tensor, which is *turned*:
+the bits of a value's place in it rotate, so that low bits of S become the number of a piece, for
+additions again. A turn is one exchange through shared memory. When all bits of a piece have come
+by, each piece has one place of every run of neighbours in the row.
 """
 
 # A tuple of pieces grows in a loop that Triton unrolls; it knows no starred expressions.
@@ -22,7 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
-from ssmc.kernels.pieces import load_pieces, stack, store_pieces, store_quantized, unstack
+from ssmc.kernels.pieces import (
+    bundle_start,
+    concatenated,
+    load_pieces,
+    pieces_of,
+    store_pieces,
+    store_quantized,
+    turned,
+)
 from ssmc.quant.rotation import _base_matrix, _factor, check_block
 
 MAX_PIECES = 128
@@ -30,12 +41,11 @@ MAX_PIECES = 128
 MAX_ORDER = 60
 """Largest Paley order: a product holds its pieces in registers twice, and compiling its code takes
 minutes beyond."""
-STACKED, FEW_STACKED = 2, 5
-"""Up to four pieces are one tensor in a butterfly, and of few rows, which have shared memory and no
-others to hide their barriers, up to 32."""
+LEAST_BUNDLED, MOST_BUNDLED = 2, 4
+"""A bundle has 4 to 16 pieces: 16 bring the 8 bits of a piece of 256 by in two turns."""
 
 MANY_ROWS = 512
-"""From here on rows, each with few warps, hide one another's latencies."""
+"""From here on rows hide one another's latencies, and each had better take few instructions."""
 
 
 def is_few(x: Tensor) -> bool:
@@ -43,10 +53,10 @@ def is_few(x: Tensor) -> bool:
     return x.numel() < MANY_ROWS * x.shape[-1]
 
 
-def warps_for(m: int, n: int, few: int) -> int:
-    """Warps for one of m rows of n values: few where there are rows enough to fill a GPU."""
-    wanted = few if m >= MANY_ROWS else 8
-    return min(wanted, max(1, triton.next_power_of_2(n) // 512))
+def warps_for(x: Tensor) -> int:
+    """Warps for a row of x, at most 8: a thread has at most 20 values of few rows, 40 of many."""
+    values = 32 * (20 if is_few(x) else 40)
+    return min(8, triton.next_power_of_2(triton.cdiv(x.shape[-1], values)))
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,15 @@ class Rotation:
     """How kernels rotate a row by a block: in pieces of `width`, a power of two.
 
     `signs` has an integer for each row of the Paley matrix, bit j set where entry j is -1. A block
-    is len(signs) * 2^doublings values; `inner` of the doublings are inside a piece. In the
-    butterflies up to 2^stacked pieces are one tensor: the longer it is, the less do threads
-    exchange.
+    is len(signs) * 2^doublings values; `inner` of the doublings are inside a piece. `bundles` has
+    log2 of the pieces of each bundle.
     """
 
     signs: tuple[int, ...]
     doublings: int
     inner: int
     width: int
-    stacked: int
+    bundles: tuple[int, ...]
     factor: float
 
     def constants(self) -> dict[str, Any]:
@@ -73,27 +82,60 @@ class Rotation:
             "SIGNS": self.signs,
             "DOUBLINGS": self.doublings,
             "INNER": self.inner,
-            "STACKED": self.stacked,
+            "BUNDLES": self.bundles,
             "FACTOR": self.factor,
         }
 
 
 @functools.lru_cache
-def plan(n: int, block: int, width: int = 256, few: bool = False) -> Rotation | None:
-    """The rotation of `few` rows of n, in pieces of at most `width`; None where kernels have none.
+def plan(n: int, block: int, width: int = 256) -> Rotation | None:
+    """The rotation of a row of n, in pieces of at most `width`; None where kernels have none.
 
     These take a Paley order of at most 60 and 128 pieces a row. Raises as `check_block`.
     """
     check_block(n, block)
     order, doublings = _factor(block)
-    width = min(width, triton.next_power_of_2(n) if order == 1 else 2**doublings)
+    whole = triton.next_power_of_2(n) // 4  # of which a bundle has four
+    width = min(width, max(1, whole) if order == 1 else 2**doublings)
     if order > MAX_ORDER or n > width * MAX_PIECES:
         return None
     negative = (_base_matrix(order) < 0).tolist()
     signs = tuple(sum(bit << j for j, bit in enumerate(row)) for row in negative)
     inner = min(doublings, width.bit_length() - 1)
-    stacked = min(FEW_STACKED if few else STACKED, triton.cdiv(n, width).bit_length() - 1)
-    return Rotation(signs, doublings, inner, width, stacked, 1 / math.sqrt(block))
+    pieces = triton.cdiv(n, width)
+    bundles = _bundles(pieces) if inner else (0,) * pieces
+    return Rotation(signs, doublings, inner, width, bundles, 1 / math.sqrt(block))
+
+
+def _bundles(pieces: int) -> tuple[int, ...]:
+    """log2 of the pieces of the bundles that hold so many, at most a quarter of each empty."""
+    logs: list[int] = []
+    while pieces > 0:
+        log = (pieces - 1).bit_length()
+        if 4 * pieces < 3 * 2**log:
+            log -= 1
+        logs.append(min(MOST_BUNDLED, max(LEAST_BUNDLED, log)))
+        pieces -= 1 << logs[-1]
+    return tuple(logs)
+
+
+@triton.constexpr_function
+def turns_of(log, inner):
+    """Turns of a bundle of 2^log pieces: as few as bring `inner` bits by."""
+    return -(-inner // max(1, log))
+
+
+@triton.constexpr_function
+def bits_of(turn, log, inner):
+    """How many of the inner bits a turn brings by, the high ones first."""
+    return (inner + turn) // turns_of(log, inner)
+
+
+@triton.constexpr_function
+def rotated_by(turn, log, inner, width):
+    """The bits that a turn rotates by: the first one skips those of a piece that are not inner."""
+    skipped = width.bit_length() - 1 - inner if turn == 0 else 0
+    return skipped + bits_of(turn, log, inner)
 
 
 @triton.jit
@@ -128,7 +170,7 @@ def _paley(x, SIGNS: tl.constexpr):  # noqa: ANN202
 
 @triton.jit
 def _butterfly_across(x, STEPS: tl.constexpr):  # noqa: ANN202
-    """Sylvester's matrix times the tuple x of 2^STEPS tensors."""
+    """Sylvester's matrix times each run of 2^STEPS tensors of the tuple x."""
     for step in tl.static_range(STEPS):
         y = ()
         for i in tl.static_range(len(x)):
@@ -141,26 +183,17 @@ def _butterfly_across(x, STEPS: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _butterfly_inside(x, FIRST: tl.constexpr, STEPS: tl.constexpr):  # noqa: ANN202
-    """A butterfly in x along bits FIRST to FIRST + STEPS - 1 of the place of a value."""
-    width: tl.constexpr = x.shape[0]
-    for step in tl.static_range(FIRST, FIRST + STEPS):
-        pairs = tl.reshape(x, [width >> (step + 1), 2, 1 << step])
-        a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [width])
-    return x
-
-
-@triton.jit
 def rotate_pieces(
     pieces,
     SIGNS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     INNER: tl.constexpr,
-    STACKED: tl.constexpr,
-    FACTOR: tl.constexpr,
+    BUNDLES: tl.constexpr,
 ):
-    """`ssmc.ops.hadamard` of a row in the pieces that a `Rotation` says."""
+    """`ssmc.ops.hadamard` of a row times the root of the block, for the pieces of a `Rotation`.
+
+    The result is in bundles, as `store_pieces` takes them.
+    """
     ORDER: tl.constexpr = len(SIGNS)
     OUTER: tl.constexpr = DOUBLINGS - INNER
     SPAN: tl.constexpr = 1 << OUTER  # pieces that one entry of the Paley matrix multiplies
@@ -180,36 +213,29 @@ def rotate_pieces(
                 x = x + (products[t * ORDER + i],)
             rotated = rotated + _butterfly_across(x, OUTER)
     result = ()
-    LOGS: tl.constexpr = stacks_of(len(rotated), STACKED)
-    for i in tl.static_range(len(LOGS)):
-        result = result + _butterflies(rotated, len(result), LOGS[i], INNER, FACTOR)
+    for i in tl.static_range(len(BUNDLES)):
+        result = result + _butterfly_inside(rotated, bundle_start(BUNDLES, i), BUNDLES[i], INNER)
     return result
 
 
-@triton.constexpr_function
-def stacks_of(count, most):
-    """`count` as powers of two, at most 2^most and the largest first: their logarithms."""
-    logs = []
-    while count > 0:
-        logs.append(min(most, count.bit_length() - 1))
-        count -= 1 << logs[-1]
-    return logs
-
-
 @triton.jit
-def _butterflies(  # noqa: ANN202
+def _butterfly_inside(  # noqa: ANN202
     pieces,
     FIRST: tl.constexpr,
     LOG: tl.constexpr,
     INNER: tl.constexpr,
-    FACTOR: tl.constexpr,
 ):
-    """The butterflies inside 2^LOG pieces from FIRST on, as one tensor, times FACTOR."""
+    """The butterflies inside the 2^LOG pieces from FIRST on, zeros where there are no more."""
     x = ()
-    for i in tl.static_range(1 << LOG):
-        x = x + (pieces[FIRST + i],)
-    x = _butterfly_inside(stack(x, LOG), LOG, INNER)
-    return unstack(x * FACTOR, LOG)
+    for i in tl.static_range(FIRST, FIRST + (1 << LOG)):
+        if i < len(pieces):
+            x = x + (pieces[i],)
+        else:
+            x = x + (tl.zeros_like(pieces[0]),)
+    for turn in tl.static_range(turns_of(LOG, INNER)):
+        rotated = turned(concatenated(x, LOG), rotated_by(turn, LOG, INNER, pieces[0].numel))
+        x = _butterfly_across(pieces_of(rotated, LOG), bits_of(turn, LOG, INNER))
+    return x
 
 
 @triton.jit
@@ -223,7 +249,7 @@ def _kernel(  # noqa: ANN202
     SIGNS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     INNER: tl.constexpr,
-    STACKED: tl.constexpr,
+    BUNDLES: tl.constexpr,
     FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -232,11 +258,14 @@ def _kernel(  # noqa: ANN202
     let_next_load(CHAIN)
     await_inputs(CHAIN)
     pieces = load_pieces(x + row * x_stride, N, WIDTH)
-    pieces = rotate_pieces(pieces, SIGNS, DOUBLINGS, INNER, STACKED, FACTOR)
+    pieces = rotate_pieces(pieces, SIGNS, DOUBLINGS, INNER, BUNDLES)
     if QUANTIZE:
-        store_quantized(out + row * N, scale + row, pieces, N, WIDTH)
+        store_quantized(out + row * N, scale + row, pieces, FACTOR, N, WIDTH, BUNDLES)
     else:
-        store_pieces(out + row * N, pieces, N, WIDTH)
+        y = ()
+        for i in tl.static_range(len(pieces)):
+            y = y + (pieces[i] * FACTOR,)
+        store_pieces(out + row * N, y, N, WIDTH, BUNDLES)
 
 
 def _run(
@@ -255,13 +284,13 @@ def _run(
         N=n,
         **rotation.constants(),
         QUANTIZE=scale is not None,
-        num_warps=num_warps or warps_for(m, n, few=1),
+        num_warps=num_warps or warps_for(x),
     )
 
 
 def hadamard(x: Tensor, block: int, *, width: int = 256, num_warps: int | None = None) -> Tensor:
     """Kernel of `ssmc.ops.hadamard`, whose own definition runs where `plan` finds no rotation."""
-    rotation = plan(x.shape[-1], block, width, is_few(x))
+    rotation = plan(x.shape[-1], block, width)
     if rotation is None:
         return torch.ops.ssmc.hadamard(x, block)
     out = torch.empty(x.shape, device=x.device)
@@ -273,7 +302,7 @@ def hadamard_quantize(
     x: Tensor, block: int, *, width: int = 256, num_warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Kernel of `ssmc.ops.hadamard_quantize`; its definition runs where `plan` is None."""
-    rotation = plan(x.shape[-1], block, width, is_few(x))
+    rotation = plan(x.shape[-1], block, width)
     if rotation is None:
         return torch.ops.ssmc.hadamard_quantize(x, block)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)

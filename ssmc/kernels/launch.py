@@ -42,9 +42,15 @@ def launch(
 @triton.jit
 def await_inputs(CHAIN: tl.constexpr):
     """Wait for the kernel in front, then let the next one begin to load what is constant."""
+    await_only(CHAIN)
+    let_next_load(CHAIN)
+
+
+@triton.jit
+def await_only(CHAIN: tl.constexpr):
+    """Wait for the kernel in front; the next one waits for this one's `let_next_load`, or end."""
     if CHAIN:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

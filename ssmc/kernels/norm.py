@@ -12,10 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmc.errors import UsageError
-from ssmc.kernels.arithmetic import inverse_rms, silu, to_float
+from ssmc.kernels.arithmetic import inverse_rms, scaled, silu
 from ssmc.kernels.hadamard import is_few, plan, rotate_pieces, warps_for
-from ssmc.kernels.launch import await_inputs, launch, let_next_load, row_view
-from ssmc.kernels.pieces import load_piece, load_pieces, piece_width, store_pieces, store_quantized
+from ssmc.kernels.launch import await_inputs, await_only, launch, let_next_load, row_view
+from ssmc.kernels.pieces import (
+    load_pieces,
+    piece_width,
+    products,
+    store_pieces,
+    store_quantized,
+    sum_of,
+)
 
 
 @triton.jit
@@ -45,17 +52,14 @@ def _norm_kernel(  # noqa: ANN202
             sums = sums + (before[i] + pieces[i],)
         pieces = sums
         store_pieces(total + row * N, pieces, N, WIDTH)
-    squares = pieces[0] * pieces[0]
-    for i in tl.static_range(1, len(pieces)):
-        squares += pieces[i] * pieces[i]
-    inverse = inverse_rms(tl.sum(squares), N, eps)
+    inverse = inverse_rms(sum_of(products(pieces, pieces)), N, eps)
     normed = ()
     for i in tl.static_range(len(pieces)):
         y = pieces[i] * inverse
         if weight is not None:
             y = y * weights[i]
         normed = normed + (y,)
-    store_quantized(q + row * N, scale + row, normed, N, WIDTH)
+    store_quantized(q + row * N, scale + row, normed, 1.0, N, WIDTH)
 
 
 def _norm(
@@ -150,18 +154,50 @@ def _of_groups(  # noqa: ANN202
 
 
 @triton.jit
-def _piece(  # noqa: ANN202
-    loaded,
-    start,
-    i: tl.constexpr,
+def _normalised(  # noqa: ANN202
+    pieces,
+    squares,
+    eps,
     N: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Piece i of a row of constants, which may have been loaded before."""
-    if len(loaded) > 0:
-        return loaded[i]
+    """(pieces, factor): each group over its root mean square, but for a factor of the row.
+
+    With one group that is all there is to it, and whatever is linear may come before the factor.
+    """
+    if GROUP_SIZE == N:
+        return pieces, inverse_rms(sum_of(squares), N, eps)
     else:
-        return load_piece(start, i, N, WIDTH)
+        inverses = ()
+        for group in tl.static_range(N // GROUP_SIZE):
+            total = _sum_of_group(squares, group, GROUP_SIZE, WIDTH)
+            inverses = inverses + (inverse_rms(total, GROUP_SIZE, eps),)
+        normed = ()
+        for i in tl.static_range(len(pieces)):
+            normed = normed + (pieces[i] * _of_groups(inverses, i, GROUP_SIZE, WIDTH),)
+        return normed, 1.0
+
+
+@triton.jit
+def _gate_pieces(gates, gate_scale, scales):  # noqa: ANN202
+    """silu of int8 gates with a scale for each channel, `scales` in pieces, or with the same."""
+    silus = ()
+    for i in tl.static_range(len(gates)):
+        if len(scales) > 0:
+            silus = silus + (silu(scaled(gates[i], scales[i])),)
+        else:
+            silus = silus + (silu(scaled(gates[i], tl.load(gate_scale))),)
+    return silus
+
+
+@triton.jit
+def _load_if(wanted: tl.constexpr, start, N: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN202
+    """The pieces at `start`, or none."""
+    if wanted:
+        return load_pieces(start, N, WIDTH)
+    else:
+        return ()
 
 
 @triton.jit
@@ -179,55 +215,35 @@ def _gated_kernel(  # noqa: ANN202
     GROUP_SIZE: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     SCALE_PER_CHANNEL: tl.constexpr,
-    ROTATE: tl.constexpr,
     FEW: tl.constexpr,
     WIDTH: tl.constexpr,
     SIGNS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     INNER: tl.constexpr,
-    STACKED: tl.constexpr,
+    BUNDLES: tl.constexpr,
     FACTOR: tl.constexpr,
     CHAIN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    weights = ()
-    scales = ()
-    if FEW:  # so that its many warps have the registers
-        weights = load_pieces(weight, N, WIDTH)
-        if SCALE_PER_CHANNEL:
-            scales = load_pieces(gate_scale, N, WIDTH)
-        let_next_load(CHAIN)
-    await_inputs(CHAIN)
-    factors = ()
-    gated = ()
-    squares = ()
-    for i in tl.static_range((N + WIDTH - 1) // WIDTH):
-        y = load_piece(x + row * x_stride, i, N, WIDTH)
-        gates = to_float(load_piece(gate + row * gate_stride, i, N, WIDTH))
-        if SCALE_PER_CHANNEL:
-            factor = silu(gates * _piece(scales, gate_scale, i, N, WIDTH))
-        else:
-            factor = silu(gates * tl.load(gate_scale))
-        if NORM_FIRST:
-            factors = factors + (factor,)
-        else:
-            y = y * factor
-        gated = gated + (y,)
-        squares = squares + (y * y,)
-    inverses = ()
-    for group in tl.static_range(N // GROUP_SIZE):
-        total = _sum_of_group(squares, group, GROUP_SIZE, WIDTH)
-        inverses = inverses + (inverse_rms(total, GROUP_SIZE, eps),)
-    pieces = ()
-    for i in tl.static_range(len(gated)):
-        y = gated[i] * _of_groups(inverses, i, GROUP_SIZE, WIDTH)
-        y = y * _piece(weights, weight, i, N, WIDTH)
-        if NORM_FIRST:
-            y = y * factors[i]
-        pieces = pieces + (y,)
-    if ROTATE:
-        pieces = rotate_pieces(pieces, SIGNS, DOUBLINGS, INNER, STACKED, FACTOR)
-    store_quantized(q + row * N, scale + row, pieces, N, WIDTH)
+    # With few rows, which have registers to spare, what is constant comes before the inputs.
+    weights = _load_if(FEW, weight, N, WIDTH)
+    scales = _load_if(FEW and SCALE_PER_CHANNEL, gate_scale, N, WIDTH)
+    await_only(CHAIN)
+    y = load_pieces(x + row * x_stride, N, WIDTH)
+    gates = load_pieces(gate + row * gate_stride, N, WIDTH)
+    # Only now: the next kernel asks for its weight, behind which these loads would wait.
+    let_next_load(CHAIN)
+    scales = scales + _load_if(SCALE_PER_CHANNEL and not FEW, gate_scale, N, WIDTH)
+    gates = _gate_pieces(gates, gate_scale, scales)
+    if NORM_FIRST:
+        y, factor = _normalised(y, products(y, y), eps, N, GROUP_SIZE, WIDTH)
+        y = products(y, gates)
+    else:
+        y = products(y, gates)
+        y, factor = _normalised(y, products(y, y), eps, N, GROUP_SIZE, WIDTH)
+    y = products(y, weights + _load_if(not FEW, weight, N, WIDTH))
+    y = rotate_pieces(y, SIGNS, DOUBLINGS, INNER, BUNDLES)
+    store_quantized(q + row * N, scale + row, y, FACTOR * factor, N, WIDTH, BUNDLES)
 
 
 def gated_norm_quantize(
@@ -242,6 +258,7 @@ def gated_norm_quantize(
     *,
     width: int = 256,
     num_warps: int | None = None,
+    maxnreg: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Kernel of `ssmc.ops.gated_norm_quantize`.
 
@@ -253,7 +270,7 @@ def gated_norm_quantize(
     group = group_size or n
     if n % group:
         raise UsageError(f"gated_norm_quantize: group_size {group} does not divide the width {n}")
-    rotation = plan(n, block, width, is_few(x))
+    rotation = plan(n, block, width)
     if rotation is None:
         return torch.ops.ssmc.gated_norm_quantize(
             x, gate_q, gate_scale, weight, eps, group_size, norm_before_gate, block
@@ -277,9 +294,9 @@ def gated_norm_quantize(
         GROUP_SIZE=group,
         NORM_FIRST=norm_before_gate,
         SCALE_PER_CHANNEL=gate_scale.numel() > 1,
-        ROTATE=block > 1,
         FEW=is_few(x),
         **rotation.constants(),
-        num_warps=num_warps or warps_for(m, n, few=4),
+        num_warps=num_warps or warps_for(x),
+        maxnreg=maxnreg,
     )
     return q, scale

@@ -40,15 +40,64 @@ def load_pieces(start, N: tl.constexpr, WIDTH: tl.constexpr):
     return pieces
 
 
+@triton.constexpr_function
+def bundle_start(logs, index):
+    """The number of the first piece of a bundle, by log2 of the pieces of each."""
+    return sum(1 << log for log in logs[:index])
+
+
 @triton.jit
-def store_pieces(start, pieces, N: tl.constexpr, WIDTH: tl.constexpr):
-    """Write the pieces of N values to `start`."""
-    for i in tl.static_range((N + WIDTH - 1) // WIDTH):
-        columns = i * WIDTH + tl.arange(0, WIDTH)
-        if i * WIDTH + WIDTH <= N:
-            tl.store(start + columns, pieces[i])
-        else:
-            tl.store(start + columns, pieces[i], mask=columns < N)
+def store_pieces(
+    start,
+    pieces,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BUNDLES: tl.constexpr = None,
+):
+    """Write the pieces of N values to `start`.
+
+    BUNDLES has log2 of the pieces of each bundle: its pieces have the first, second, ... places of
+    runs that follow one another, instead of following one another themselves.
+    """
+    if BUNDLES is None:
+        for i in tl.static_range((N + WIDTH - 1) // WIDTH):
+            _store(start, pieces[i], i * WIDTH, N)
+    else:
+        for i in tl.static_range(len(BUNDLES)):
+            _store_bundle(start, pieces, bundle_start(BUNDLES, i), BUNDLES[i], N, WIDTH)
+
+
+@triton.jit
+def _store_bundle(  # noqa: ANN202
+    start,
+    pieces,
+    FIRST: tl.constexpr,
+    LOG: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    x = ()
+    for i in tl.static_range(FIRST, FIRST + (1 << LOG)):
+        x = x + (pieces[i],)
+    _store(start, turned(concatenated(x, LOG), LOG), FIRST * WIDTH, N)
+
+
+@triton.jit
+def _store(start, x, FIRST: tl.constexpr, N: tl.constexpr):  # noqa: ANN202
+    columns = FIRST + tl.arange(0, x.numel)
+    if FIRST + x.numel <= N:
+        tl.store(start + columns, x)
+    else:
+        tl.store(start + columns, x, mask=columns < N)
+
+
+@triton.jit
+def products(x, y):
+    """The products of two rows' values."""
+    z = ()
+    for i in tl.static_range(len(x)):
+        z = z + (x[i] * y[i],)
+    return z
 
 
 @triton.jit
@@ -96,21 +145,35 @@ def normed(x, weights, eps, K: tl.constexpr):
 
 
 @triton.jit
+def sum_of(pieces):
+    """The sum of a row."""
+    total = pieces[0]
+    for i in tl.static_range(1, len(pieces)):
+        total += pieces[i]
+    return tl.sum(total)
+
+
+@triton.jit
 def store_quantized(
     q_start,
     scale_start,
     pieces,
+    factor,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
+    BUNDLES: tl.constexpr = None,
 ):
-    """`quantize_dynamic` of a row: its integers to q_start, its scale to scale_start."""
-    scale = scale_for(absmax_of(pieces))
-    inverse = inverse_of(scale)
+    """`quantize_dynamic` of factor > 0 times a row: its integers to q_start, its scale.
+
+    BUNDLES as in `store_pieces`.
+    """
+    scale = scale_for(absmax_of(pieces) * factor)
+    inverse = inverse_of(scale) * factor
     tl.store(scale_start, scale)
     q = ()
     for i in tl.static_range(len(pieces)):
         q = q + (to_int8_within(pieces[i], inverse),)
-    store_pieces(q_start, q, N, WIDTH)
+    store_pieces(q_start, q, N, WIDTH, BUNDLES)
 
 
 @triton.jit
@@ -126,18 +189,35 @@ def stack(x, STEPS: tl.constexpr):
 
 
 @triton.jit
-def unstack(x, STEPS: tl.constexpr):
-    """The inverse of `stack`."""
+def concatenated(x, LOG: tl.constexpr):
+    """A tuple of 2^LOG tensors after one another in one; no thread gives a value away."""
+    for _ in tl.static_range(LOG):
+        pairs = ()
+        for i in tl.static_range(len(x) // 2):
+            both = tl.permute(tl.join(x[2 * i], x[2 * i + 1]), (1, 0))
+            pairs = pairs + (tl.reshape(both, [both.numel]),)
+        x = pairs
+    return x[0]
+
+
+@triton.jit
+def pieces_of(x, LOG: tl.constexpr):
+    """The inverse of `concatenated`."""
     y = (x,)
-    for _ in tl.static_range(STEPS):
-        low = ()
-        high = ()
+    for _ in tl.static_range(LOG):
+        halves = ()
         for i in tl.static_range(len(y)):
-            a, b = tl.split(tl.reshape(y[i], [y[i].shape[0] // 2, 2]))
-            low = low + (a,)
-            high = high + (b,)
-        y = low + high
+            a, b = tl.split(tl.permute(tl.reshape(y[i], [2, y[i].numel // 2]), (1, 0)))
+            halves = halves + (a, b)
+        y = halves
     return y
+
+
+@triton.jit
+def turned(x, BITS: tl.constexpr):
+    """x [2^k] with the bits of a value's place rotated to the left: the BITS high ones are low."""
+    rows = tl.reshape(x, [1 << BITS, x.numel >> BITS])
+    return tl.reshape(tl.permute(rows, (1, 0)), [x.numel])
 
 
 def piece_width(n: int, num_warps: int) -> int:

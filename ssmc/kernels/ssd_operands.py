@@ -55,6 +55,15 @@ def to_half(q):
 
 
 @triton.jit
+def positions(chunk, length, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
+    """Positions of a chunk: (the first, int64; what to add, [T]; which of them there are, [T])."""
+    s = tl.arange(0, CHUNK)
+    start = chunk * CHUNK
+    first = (length - 1 - start if REVERSE else start).to(tl.int64)
+    return first, -s if REVERSE else s, s < length - start
+
+
+@triton.jit
 def of_head(operand, batch, head, position=0):
     """Pointers to a position of (integers, scales) of one sequence and head, all of them int64."""
     q, scale, steps, scale_steps = operand
@@ -97,33 +106,37 @@ def step_sizes(q, scale, operand, bias, limits, position, valid):
 
 
 @triton.jit
-def chunk_weights(dt, rate, factor, CHUNK: tl.constexpr):
-    """What the positions of a chunk weigh in those behind them: three rows [T], two numbers.
+def chunk_weights(dt, rate, factor):
+    """What the positions of chunks weigh in those behind them: three [K, T], two numbers [K].
 
     `since`: the base-2 logarithm of the decay since the chunk's start; `whole` that of all of it,
     positive where A is. Position s weighs dt factor 2^(since[t] - since[s]) in position t, that is
     `largest` within[s] 2^(since[t] - since[s] - max(whole, 0)), and in the chunk's end `largest`
     until_end[s] / 256: within and what follows it are at most 1.
     """
-    since = tl.cumsum(dt * rate, 0)
-    whole = tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, since, 0.0), 0)
+    own = dt * rate
+    since = tl.cumsum(own, 1)
+    # A sum from the end: as a difference of sums from the start, what decays least, and so counts
+    # most, would have the error of the largest.
+    left = tl.cumsum(own, 1, reverse=True) - own
+    whole = tl.sum(own, 1)
     growth = tl.maximum(whole, 0.0)
     factor *= dt
-    largest = tl.maximum(tl.max(tl.abs(factor), 0), SMALL)
-    within = factor / largest
-    until_end = within * tl.exp2(whole - growth - since) * 256.0
+    largest = tl.maximum(tl.max(tl.abs(factor), 1), SMALL)
+    within = factor / largest[:, None]
+    until_end = within * tl.exp2(left - growth[:, None]) * 256.0
     return since, within, until_end, whole, largest * tl.exp2(growth)
 
 
 @triton.jit
 def state_update(x, B, until_end, SPLIT: tl.constexpr):
-    """B' (until_end x) for x [T, P], B [T, N], until_end [T]; float32 [N, P]."""
+    """(until_end x)' B for x [T, P], B [T, N], until_end [T]; float32 [P, N]."""
     weighted = x.to(tl.float32) * until_end[:, None]
     high = weighted.to(tl.float16)
-    added = tl.dot(tl.trans(B), high)
+    added = tl.dot(tl.trans(high), B)
     if SPLIT:
         low = (weighted - high.to(tl.float32)).to(tl.float16)
-        added = tl.dot(tl.trans(B), low, added)
+        added = tl.dot(tl.trans(low), B, added)
     return added
 
 

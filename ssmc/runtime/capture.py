@@ -83,7 +83,7 @@ def advance(program: Graph, ids: Tensor, states: States) -> Tensor:
     They have room for the ids.
     """
     logits, new = program.run(ids, states=states)
-    _overwrite(states, new)
+    overwrite(states, new)
     return logits[:, -1]
 
 
@@ -93,7 +93,7 @@ def clear(states: States) -> None:
         torch._foreach_zero_([states[n] for n in names])
 
 
-def _overwrite(states: States, new: States) -> None:
+def overwrite(states: States, new: States) -> None:
     """Copy into its buffer each new state that no kernel has written there already."""
     for names in _by_dtype(states):
         moved = [n for n in names if new[n].data_ptr() != states[n].data_ptr()]

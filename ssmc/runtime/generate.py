@@ -3,125 +3,143 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from ssmc.core.state import States
 from ssmc.errors import UsageError
+from ssmc.runtime.sampling import Sampler, Sampling
+from ssmc.runtime.text import Continuation
 
-Model = Callable[..., tuple[torch.Tensor, States]]
+Model = Callable[..., tuple[Tensor, States]]
 
 
 class Decoder(Protocol):
     """Sequences and their states: each call takes ids [batch, length], gives logits behind them."""
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] behind a prompt, valid until the next call."""
 
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
+    def step(self, ids: Tensor) -> Tensor:
         """The same behind one token a sequence."""
+
+
+class Sequences(Decoder, Protocol):
+    """A decoder whose sequences may have prompts of different lengths, and start afresh."""
+
+    def prefill_each(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Logits [batch, vocabulary] behind prompts [length], one for each sequence."""
+
+    def reset(self) -> None:
+        """Start afresh."""
 
 
 @runtime_checkable
 class HasSessions(Protocol):
     """A model that decodes in sessions of its own: a CompiledModel."""
 
-    def lend_session(self, batch: int) -> AbstractContextManager[Decoder]:
+    def lend_session(self, batch: int) -> AbstractContextManager[Sequences]:
         """A fresh session of `batch` sequences, for as long as the context lasts."""
 
 
 class _Calls:
-    """A model that is only called, `model(ids, states=...)` to logits and states, as a Decoder."""
+    """A model that is only called, `model(ids, states=...)` to logits and states, as Sequences."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.states: States | None = None
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, ids: Tensor) -> Tensor:
         logits, self.states = self.model(ids, states=self.states)
         return logits[:, -1]
 
     step = prefill
 
+    def prefill_each(self, prompts: Sequence[Tensor]) -> Tensor:
+        rows = [
+            self.model(ids[None], states=self._row(row, len(prompts)))
+            for row, ids in enumerate(prompts)
+        ]
+        names = rows[0][1]
+        self.states = {name: torch.cat([states[name] for _, states in rows]) for name in names}
+        return torch.cat([logits[:, -1] for logits, _ in rows])
 
-def lend_decoder(model: Model | HasSessions, batch: int) -> AbstractContextManager[Decoder]:
+    def _row(self, row: int, batch: int) -> States | None:
+        if self.states is None:
+            return None
+        return {name: state.split(1)[row] for name, state in self.states.items()}
+
+    def reset(self) -> None:
+        self.states = None
+
+
+def lend_decoder(model: Model | HasSessions, batch: int) -> AbstractContextManager[Sequences]:
     """Fresh sequences of `model`: a session where it has them, else calls that carry the states."""
     if isinstance(model, HasSessions):
         return model.lend_session(batch)
     return contextlib.nullcontext(_Calls(model))
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedily at temperature 0, else drawn from softmax(logits / t).
-
-    `top_k` keeps the k likeliest tokens. Raises UsageError for values out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(
-                f"temperature {self.temperature} is not a number of 0 or more", hint="0 is greedy"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k {self.top_k} keeps no token", hint="use 1 or more")
-
-    def choose(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The next token of each sequence [batch, 1] from logits [batch, vocabulary]."""
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        return torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=generator)
-
-
 def stream(
-    model: Model, ids: torch.Tensor, tokens: int, sampling: Sampling | None = None
-) -> Generator[torch.Tensor, None, None]:
-    """The next `tokens` tokens of sequences `ids` [batch, length], each [batch, 1] as it comes.
+    model: Model, prompts: Tensor | Sequence[Tensor], tokens: int, sampling: Sampling | None = None
+) -> Generator[Tensor, None, None]:
+    """The next `tokens` tokens of each prompt, [batch, 1] as they come.
 
-    They are on the model's device. Raises UsageError for an empty prompt.
+    `prompts` are ids [batch, length], or [length] each where lengths differ: no prompt is padded,
+    so what follows one does not depend on the others. Tokens are on the model's device, and
+    nothing waits for it. Raises UsageError for an empty prompt.
     """
-    if ids.shape[1] == 0:
+    if any(len(ids) == 0 for ids in prompts):
         raise UsageError("the prompt is empty", hint="give at least one token")
-    sampling = sampling or Sampling()
-    with lend_decoder(model, len(ids)) as decoder:
-        logits = decoder.prefill(ids)
-        generator = torch.Generator(logits.device).manual_seed(sampling.seed)
-        for left in reversed(range(tokens)):
-            ids = sampling.choose(logits.float(), generator)
-            yield ids
-            if left:
-                logits = decoder.step(ids)
+    with lend_decoder(model, len(prompts)) as decoder:
+        logits = _prefill(decoder, prompts)
+        contexts = [ids.to(logits.device) for ids in prompts]
+        sampler = Sampler(sampling or Sampling(), contexts, tokens, logits.device)
+        yield from decode(decoder, logits, sampler, tokens)
 
 
-def generate(
-    model: Model,
-    ids: torch.Tensor,
-    tokens: int,
-    sampling: Sampling | None = None,
-    eos: int | None = None,
-) -> torch.Tensor:
-    """`ids` [batch, length] with up to `tokens` tokens behind; ends when every row had `eos`.
+def _prefill(decoder: Sequences, prompts: Tensor | Sequence[Tensor]) -> Tensor:
+    if len({len(ids) for ids in prompts}) > 1:
+        return decoder.prefill_each(list(prompts))
+    return decoder.prefill(torch.stack(list(prompts)))
 
-    Behind its first `eos` a row holds `eos` only.
+
+def decode(
+    decoder: Decoder, logits: Tensor, sampler: Sampler, tokens: int
+) -> Generator[Tensor, None, None]:
+    """`tokens` tokens of each sequence, [batch, 1] as they come, from the logits behind a prompt.
+
+    The decoder has run all of them but the last that came.
     """
-    made: list[torch.Tensor] = []
-    with contextlib.closing(stream(model, ids, tokens, sampling)) as following:
-        for token in following:
-            if eos is not None and made:
-                token = token.masked_fill(made[-1] == eos, eos)
-            made.append(token)
-            if eos is not None and bool((token == eos).all()):
-                break
-    return torch.cat([ids, *(token.to(ids.device) for token in made)], 1)
+    for left in reversed(range(tokens)):
+        ids = sampler.choose(logits)
+        yield ids
+        if left:
+            logits = decoder.step(ids)
+
+
+def follow(
+    tokens: Generator[Tensor, None, None],
+    rows: Sequence[Continuation],
+    until: Callable[[], bool] = lambda: False,
+) -> Iterator[list[str]]:
+    """Add `tokens`, [batch, 1] as they come, to `rows`; the text that each adds to its row.
+
+    Ends with the tokens, or when all rows have ended, or when `until()`. Waits for the device once
+    a token.
+    """
+    with contextlib.closing(tokens):
+        for ids in tokens:
+            yield [row.add(i) for row, i in zip(rows, ids.flatten().tolist(), strict=True)]
+            if until() or all(row.ended for row in rows):
+                return
+
+
+def pad(rows: Iterable[Sequence[int]], filler: int) -> Tensor:
+    """Rows of tokens as one tensor [rows, longest], filled up behind."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -17,8 +17,8 @@ from ssmc.core import Graph, States
 from ssmc.device import device_of, find_device, move, running_on
 from ssmc.errors import DeviceError
 from ssmc.lowering import Form, Lowered, lower
+from ssmc.runtime.arguments import generate
 from ssmc.runtime.artefact import TENSORS, Artefact, read_artefact, write_artefact
-from ssmc.runtime.generate import Sampling, generate
 from ssmc.runtime.session import LARGEST_PIECE, Session
 
 Execution = Literal["simulated", "lowered"]
@@ -125,10 +125,17 @@ class CompiledModel(nn.Module):
             self._idle = {key: session}
 
     def generate(
-        self, ids: torch.Tensor, max_new_tokens: int = 64, sampling: Sampling | None = None
+        self, input_ids: torch.Tensor, max_new_tokens: int | None = None, **arguments: Any
     ) -> torch.Tensor:
-        """`ids` [batch, length] with up to `max_new_tokens` tokens behind; greedy by default."""
-        return generate(self, ids, max_new_tokens, sampling, self.eos)
+        """`input_ids` [batch, length] with up to `max_new_tokens` (64) tokens behind.
+
+        Further arguments are those of transformers, from `do_sample` to `stop_strings`:
+        `ssmc.runtime.arguments.generate` has them all. A sequence ends with the model's own
+        end-of-text token where no `eos_token_id` is given; the tokenizer is its own, too.
+        """
+        own = {"eos_token_id": self.eos, "tokenizer": self.tokenizer}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return generate(self, input_ids, max_new_tokens, **(own | given))
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors of the graphs, simulated and lowered; a shared one counts once."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ssmc.core import Graph
-from ssmc.core.state import States, fresh_states, with_room
+from ssmc.core import Graph, States
+from ssmc.core.state import extended_states, fresh_states
 from ssmc.device import running_on
 from ssmc.errors import UsageError
 from ssmc.lowering import Form
-from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear
+from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear, overwrite
 
 LARGEST_PIECE = 2048  # tokens: they fill a GPU, and bound the memory that a prompt takes
 FIRST_ROOM = 512  # tokens a cache has room for at first
@@ -50,6 +50,7 @@ class Session:
         self._capture = capture
         self._specs = programs("step").states
         self._tokens, self._room = 0, FIRST_ROOM
+        self._single: Session | None = None
         with running_on(device):
             self._use(fresh_states(self._specs, batch, device, self._room))
 
@@ -65,6 +66,38 @@ class Session:
             for piece in ids.to(self.device).split(self._cut(ids.shape[1]), 1):
                 logits = self._advance(piece)
         return logits
+
+    def prefill_each(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Logits [batch, vocabulary] behind prompts [length] of any lengths, one a sequence.
+
+        What pads a prompt would change its states, so each runs by itself, in a session of one
+        sequence (one set of recordings serves all), and its states come back into its row.
+        """
+        if len(prompts) != self.batch:
+            raise UsageError(
+                f"{len(prompts)} prompts in a session of {self.batch} sequences",
+                hint="give one for each sequence",
+            )
+        had, longest = self._tokens, max(len(ids) for ids in prompts)
+        with running_on(self.device):
+            self._make_room(longest)
+        single = self._single = self._single or self._alone()
+        single._extend(self._room)
+        logits = []
+        for row, ids in enumerate(prompts):
+            states = self._row(row)
+            overwrite(single.states, states)
+            single._tokens = had
+            logits.append(single.prefill(ids[None]).clone())
+            overwrite(states, single.states)
+        return torch.cat(logits)
+
+    def _alone(self) -> Session:
+        capture, piece = self._recorder is not None, self.prefill_piece
+        return Session(self._programs, 1, self.device, capture=capture, prefill_piece=piece)
+
+    def _row(self, row: int) -> States:
+        return {name: state[row : row + 1] for name, state in self.states.items()}
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] behind one more token a sequence, `ids` [batch, 1]."""
@@ -82,10 +115,17 @@ class Session:
         self._recorder = Recorder(states, self.device) if self._capture else None
 
     def _make_room(self, tokens: int) -> None:
+        """Let every sequence have room for so many more tokens than any has had."""
         self._tokens += tokens
-        if self._tokens > self._room and any(spec.is_open for spec in self._specs):
-            self._use(with_room(self._specs, self.states, tokens))
-            self._room = max(self._tokens, 2 * self._room)
+        if self._tokens > self._room:
+            self._extend(max(self._tokens, 2 * self._room))
+
+    def _extend(self, room: int) -> None:
+        """Give caches room for so many tokens, if they have less."""
+        if room > self._room and any(spec.is_open for spec in self._specs):
+            with running_on(self.device):
+                self._use(extended_states(self._specs, self.states, room))
+        self._room = max(room, self._room)
 
     def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[0] != self.batch:

@@ -105,7 +105,8 @@ def test_generate(call: Call, tiny_folder: Path, tiny_artefact: Path, which: str
     arguments = ("generate", target, "--prompt", "w3 w5 w7", "-n", 6)
     data = call(*arguments, "--json").json
     assert len(data["tokens"]) <= 6
-    assert data["text"] == tokenizer().decode([t for t in data["tokens"] if t != EOS])
+    made = [t for t in data["tokens"] if t != EOS]
+    assert "w3 w5 w7" + data["text"] == tokenizer().decode([3, 5, 7, *made])
     ended = call(*arguments)
     assert ended.out == f"w3 w5 w7{data['text']}\n"
     assert f"{len(data['tokens'])} tokens in" in ended.err
@@ -130,9 +131,12 @@ def test_generate_draws_by_the_seed(call: Call, tiny_artefact: Path) -> None:
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        ([], "Missing option '--prompt'"),
+        (["--prompt", "\udcff"], "the prompt is not UTF-8 text"),
+        ([], "there is nothing to go on from"),
         (["--prompt", "w1", "--temperature", "-1"], "temperature -1.0"),
         (["--prompt", "w1", "--top-k", "0"], "top_k 0 keeps no token"),
+        (["--prompt", "w1", "--top-p", "0"], "top_p 0.0"),
+        (["--prompt", "w1", "--stop", ""], "a stop string is empty"),
         (["--prompt", "w1", "-n", "0"], "'-n'"),
     ],
 )

@@ -14,7 +14,8 @@ from ssmc.core import Graph
 from ssmc.evaluate import perplexity
 from ssmc.lowering import Form
 from ssmc.runtime import CompiledModel, Session
-from ssmc.runtime.generate import generate
+from ssmc.runtime.arguments import generate
+from ssmc.runtime.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (37, 1, 1, 16, 1, 300)
@@ -64,6 +65,17 @@ def test_recorded_calls_are_the_calls(compiled: CompiledModel, batch: int) -> No
     assert sorted(session._recordings) == [1, 16, 32, 256]
 
 
+def test_prompts_of_any_lengths_are_what_they_are_alone(compiled: CompiledModel) -> None:
+    session = compiled.session(3)
+    prompts = [tokens(compiled, length) for length in (37, 300, 1)]
+    logits = session.prefill_each(prompts)
+    for row, ids in enumerate(prompts):
+        alone = compiled.session()
+        assert torch.equal(logits[row : row + 1], alone.prefill(ids[None]))
+        for name, state in alone.states.items():
+            assert torch.equal(session.states[name][row : row + 1], state)
+
+
 def test_agrees_with_the_cpu(compiled: CompiledModel, on_cpu: CompiledModel) -> None:
     session, expected = compiled.session(2), on_cpu.session(2)
     for length in LENGTHS:
@@ -104,6 +116,25 @@ def test_greedy_tokens(compiled: CompiledModel, on_cpu: CompiledModel) -> None:
     logits, _ = on_cpu(made[:, :-1])
     agreement = (logits[:, 18:].argmax(-1) == made[:, 19:]).double().mean().item()
     assert agreement > 0.9
+
+
+def test_a_token_is_chosen_without_waiting_for_the_device(
+    compiled: CompiledModel,
+) -> None:
+    sampling = Sampling(0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    logits = compiled.session(2).prefill(tokens(compiled, 2, 9))
+    contexts = list(tokens(compiled, 2, 9).to(compiled.device))
+    samplers = [Sampler(sampling, contexts, 4, compiled.device) for _ in range(2)]
+    expected = [samplers[0].choose(logits) for _ in range(4)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [samplers[1].choose(logits) for _ in range(4)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(torch.cat(found), torch.cat(expected))
+    on_cpu = Sampler(sampling, [c.cpu() for c in contexts], 4, torch.device("cpu"))
+    drawn = [on_cpu.choose(logits.cpu()) for _ in range(4)]
+    assert torch.equal(torch.cat(found).cpu(), torch.cat(drawn))  # a seed means the same anywhere
 
 
 def test_perplexity_in_both_modes(compiled: CompiledModel, on_cpu: CompiledModel) -> None:

@@ -9,9 +9,11 @@ from ssmc import ops
 from ssmc.kernels import hadamard as kernels
 from ssmc.quant.formats import dequantize_tensor
 
-# Powers of two and Paley orders, whole rows and blocks, in one piece and in many.
+# Powers of two and Paley orders, whole rows and blocks, in few pieces and in many, in bundles that
+# are full and not, turned once and often.
 CASES = [(64, 64), (64, 8), (192, 64), (192, 192), (96, 12), (320, 320), (5120, 5120), (1000, 8)]
 CASES += [(1536, 1536), (112, 112), (144, 72), (2048, 1024), (63, 1)]
+CASES += [(896, 896), (1024, 16), (4, 4), (2, 2)]
 
 
 @pytest.mark.parametrize(("n", "block"), CASES)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels import hadamard
 from ssmc.kernels import norm as kernels
 from ssmc.quant.formats import scale_for
 
@@ -63,3 +64,17 @@ def test_gated(
     args = (x, gate_q, gate_scale, weight, 1e-5, group_size, norm_before_gate, block)
     # Narrow enough for several pieces, of which some groups begin in the middle.
     agree(kernels.gated_norm_quantize(*args, width=64), ops.gated_norm_quantize(*args))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gated_rows_that_are_many(
+    per_channel: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hadamard, "MANY_ROWS", 2)
+    x = torch.randn(1, 3, 320, device=device)
+    gate_q = torch.randint(-127, 128, x.shape, device=device, dtype=torch.int8)
+    gate_scale = scale_for(torch.rand((320,) if per_channel else (), device=device) + 3)
+    weight = torch.rand(320, device=device) + 0.5
+    args = (x, gate_q, gate_scale, weight, 1e-5, None, False, 320)
+    assert not hadamard.is_few(x)
+    agree(kernels.gated_norm_quantize(*args), ops.gated_norm_quantize(*args))

@@ -66,6 +66,21 @@ def test_again_after_a_reset(compiled: CompiledModel) -> None:
     assert all(session.states[name] is state for name, state in states.items())
 
 
+def test_one_set_of_recordings_serves_prompts_of_any_lengths(compiled: CompiledModel) -> None:
+    session = recorded(compiled, 3)
+    prompts = [tokens(length) for length in (37, 3, 21)]
+    alone = [in_pieces(compiled, 1) for _ in prompts]
+    logits = session.prefill_each(prompts)
+    expected = [a.prefill(ids[None]) for a, ids in zip(alone, prompts, strict=True)]
+    assert torch.equal(logits, torch.cat(expected))
+    for name, state in session.states.items():
+        assert torch.equal(state, torch.cat([a.states[name] for a in alone]))
+    assert session._single is not None
+    assert sorted(session._single._recordings) == [1, 16, 32]
+    session.step(tokens(3, 1))
+    assert sorted(session._recordings) == [1]
+
+
 def test_sessions_share_nothing(compiled: CompiledModel) -> None:
     one, two, expected = (make(compiled, 1) for make in (recorded, recorded, in_pieces))
     for _ in range(4):

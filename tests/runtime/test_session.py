@@ -17,7 +17,7 @@ import ssmc
 from ssmc.core import Graph
 from ssmc.errors import DeviceError, UsageError
 from ssmc.runtime import CompiledModel
-from ssmc.runtime.generate import generate
+from ssmc.runtime.arguments import generate
 from ssmc.runtime.session import Session, pieces
 
 
@@ -111,9 +111,30 @@ def test_generating_lends_a_session_and_takes_it_back(compiled: CompiledModel) -
         assert other.batch == 1
 
 
+@pytest.mark.parametrize("execution", ["lowered", "simulated"])
+def test_prompts_of_any_lengths_are_what_they_are_alone(
+    compiled: CompiledModel, execution: str
+) -> None:
+    compiled.execution = execution  # type: ignore[assignment]
+    session, alone = compiled.session(3), [compiled.session() for _ in range(3)]
+    compiled.execution = "lowered"
+    for lengths in ((5, 23, 1), (2, 7, 7)):  # the second time from the states of the first
+        prompts = [tokens(length) for length in lengths]
+        logits = session.prefill_each(prompts)
+        expected = [a.prefill(ids[None]) for a, ids in zip(alone, prompts, strict=True)]
+        assert torch.equal(logits, torch.cat(expected))
+        for name, state in session.states.items():
+            assert torch.equal(state, torch.cat([a.states[name] for a in alone]))
+    following = tokens(3, 1)
+    found = session.step(following)
+    expected = [a.step(ids[None]) for a, ids in zip(alone, following, strict=True)]
+    assert torch.allclose(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: m.session(2).prefill_each([tokens(4)]), "1 prompts in a session of 2"),
         (lambda m: m.session(0), "a session of 0 sequences"),
         (lambda m: m.session(prefill_piece=48), "prefill_piece 48 is no power of two"),
         (lambda m: m.session(prefill_piece=8), "prefill_piece 8 is no power of two"),
@@ -208,3 +229,20 @@ def test_caches_get_more_room_when_a_session_needs_it(monkeypatch: pytest.Monkey
     assert not any(state.any() for state in session.states.values())
     assert torch.equal(session.prefill(ids[:, :5]), logits[0][:, -1])
     assert session.states["l0_k"].shape[1] == 32
+
+
+def test_prompts_of_any_lengths_into_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmc.runtime.session.FIRST_ROOM", 8)
+    compiled = compile_tiny("jamba")
+    session, alone = compiled.session(3), [compiled.session() for _ in range(3)]
+    for lengths in ((5, 1, 3), (2, 9, 1), (20, 1, 4)):
+        prompts = [tokens(length) for length in lengths]
+        logits = session.prefill_each(prompts)
+        expected = [a.prefill(ids[None]) for a, ids in zip(alone, prompts, strict=True)]
+        assert torch.equal(logits, torch.cat(expected))
+    assert session.states["position"].tolist() == [27, 11, 8]
+    assert session.states["l2_k"].shape[1] == 34  # for what all calls together could need
+    following = tokens(3, 1)
+    found = session.step(following)
+    expected = [a.step(ids[None]) for a, ids in zip(alone, following, strict=True)]
+    assert torch.allclose(found, torch.cat(expected), rtol=1e-4, atol=1e-4)

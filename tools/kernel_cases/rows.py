@@ -64,7 +64,7 @@ def _rotation(m: int, n: int, block: int) -> Case:
     return Case(
         f"hadamard quantize {n}/{block} {m}", ops.hadamard_quantize, hadamard_quantize, inputs,
         m * n * (4 + 1) + 4 * m, error=ERROR, flips=FLIPS,
-        configs=_warps(2, 4, 8, width=256) if n == block == 5120 else (),
+        configs=_warps(2, 4, 8) if n == block == 5120 else (),
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _gated(m: int, n: int, block: int, group_size: int | None = None) -> Case:
     return Case(
         name, ops.gated_norm_quantize, gated_norm_quantize, inputs,
         m * n * (4 + 1 + 1) + 8 * n + 4 * m, error=ERROR, flips=FLIPS,
-        configs=_warps(1, 2, 4, 8, width=256) if m in (512, 2048) and block == n else (),
+        configs=(*_warps(2, 4, 8), {"maxnreg": 96}, {"maxnreg": 80}) if block == n else (),
     )  # fmt: skip
 
 
