@@ -51,15 +51,24 @@ class Recorder:
             with scope:
                 logits = advance(program, ids, self.states)
         except RuntimeError as error:
-            self._abandon_pool()
+            self._recover()
             raise _explained(error) from error
         return Recording(graph, program, ids, logits)
 
-    def _abandon_pool(self) -> None:
-        """After a failed capture the pool cannot be used again; torch 2.11 leaves it open, too."""
+    def _recover(self) -> None:
+        """Undo what torch 2.11 leaves behind a failed capture: the pool open, random numbers off.
+
+        The pool cannot be used again. The device's generator takes itself to be recorded, and
+        refuses its numbers, until a capture has ended well.
+        """
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
         self.pool = torch.cuda.graph_pool_handle()
+        value = torch.zeros(1, device=self.device)
+        with torch.cuda.graph(
+            torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"
+        ):
+            value.zero_()
 
 
 class Recording:

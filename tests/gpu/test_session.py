@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ssmc.runtime.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (37, 1, 1, 16, 1, 300)
+MOVED = 0.06
+"""How far rounding alone moves logits of the demo: 0.053 by docs/performance.md."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def test_agrees_with_the_cpu(compiled: CompiledModel, on_cpu: CompiledModel) -> 
     session, expected = compiled.session(2), on_cpu.session(2)
     for length in LENGTHS:
         ids = tokens(compiled, 2, length)
-        assert relative(session.prefill(ids), expected.prefill(ids)) < 2e-2
+        assert relative(session.prefill(ids), expected.prefill(ids)) < MOVED
 
 
 def test_every_value_is_written_anew(compiled: CompiledModel) -> None:
@@ -146,6 +149,7 @@ def test_perplexity_in_both_modes(compiled: CompiledModel, on_cpu: CompiledModel
 
 
 def test_weights_are_in_memory_once(demo_folder: Path) -> None:
+    gc.collect()  # sessions of other tests
     before = torch.cuda.memory_allocated()
     model = ssmc.load(demo_folder, device="cuda")
     for form in ("last", "step"):
@@ -169,4 +173,5 @@ def test_what_waits_for_the_gpu_is_not_recorded(compiled: CompiledModel, fails: 
         assert session.prefill(ids).tolist() == [[49, 1], [49, 1]]
     assert torch.cuda.current_stream() == stream
     assert session.prefill(ids).tolist() == [[98, 1], [98, 1]]
+    assert torch.rand(2, device=compiled.device).shape == (2,)  # refused after a failed recording
     assert compiled.generate(tokens(compiled, 1, 20), 3).shape == (1, 23)  # others still record
