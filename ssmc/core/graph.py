@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ssmc.core import dialect
-from ssmc.core.state import States, StateSpec, fresh_states
+from ssmc.core.state import OPEN, States, StateSpec, fresh_states, with_room
 from ssmc.errors import NumericsError, PassError
 
-BATCH, LENGTH = 1009, 1013  # primes that stand for the dynamic extents in meta tensors
+BATCH, LENGTH, ROOM = 1009, 1013, 1019
+"""Primes that stand for the dynamic extents in meta tensors: the sequences, their tokens in a call,
+and the tokens that open states have room for."""
 Output = tuple[Any, States]
 
 
@@ -111,7 +113,8 @@ class Graph:
         The first dimension of `value` is the batch.
         """
         state.meta["val"] = value.to("meta")
-        spec = StateSpec(state.name, tuple(value.shape[1:]), value.dtype)
+        shape = tuple(OPEN if extent == ROOM else extent for extent in value.shape[1:])
+        spec = StateSpec(state.name, shape, value.dtype)
         self.states = tuple(spec if s.name == state.name else s for s in self.states)
 
     def add_state(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:
@@ -220,8 +223,14 @@ class Graph:
     # -- running ------------------------------------------------------------------------------
 
     def __call__(self, *inputs: torch.Tensor, states: States | None = None) -> Output:
-        """The result and the new states, from the inputs and the states (default: fresh)."""
-        states = self._states(inputs, states)
+        """The result and the new states, from the inputs and the states (default: fresh).
+
+        States that lack room for the inputs are extended first.
+        """
+        return self.run(*inputs, states=self._states(inputs, states))
+
+    def run(self, *inputs: torch.Tensor, states: States) -> Output:
+        """The same from states that have room for the inputs: none of their values is looked at."""
         with torch.no_grad():
             result, new = self.module(*inputs, *(states[s.name] for s in self.states))
         return result, dict(zip((s.name for s in self.states), new, strict=True))
@@ -240,8 +249,17 @@ class Graph:
 
     def _states(self, inputs: tuple[torch.Tensor, ...], states: States | None) -> States:
         if states is None:
-            return fresh_states(self.states, inputs[0].shape[0], inputs[0].device)
+            states = fresh_states(self.states, inputs[0].shape[0], inputs[0].device)
+        if any(spec.is_open for spec in self.states):
+            return with_room(self.states, states, self.tokens(inputs))
         return states
+
+    def tokens(self, inputs: Sequence[torch.Tensor]) -> int:
+        """How many tokens a sequence has in a call with these inputs; 0 where none has a length."""
+        for name, value in zip(self.inputs, inputs, strict=True):
+            if LENGTH in self.node(name).meta["val"].shape[1:2]:
+                return value.shape[1]
+        return 0
 
 
 class _Watcher(fx.Interpreter):
@@ -270,6 +288,11 @@ def infer(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def meta_state(spec: StateSpec, batch: int = BATCH) -> torch.Tensor:
+    """The meta tensor that stands for a state, [batch, *shape] with ROOM where it is open."""
+    return torch.empty((batch, *spec.sized(ROOM)), dtype=spec.dtype, device="meta")
 
 
 def put_tensor(root: nn.Module, name: str, value: torch.Tensor) -> None:

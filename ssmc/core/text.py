@@ -1,4 +1,4 @@
-"""A graph as text: one line a call, parameters by name, dynamic extents as b and l."""
+"""A graph as text: one line a call, parameters by name, dynamic extents as b, l and r."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ssmc.core.dialect import operands, target_name
-from ssmc.core.graph import BATCH, LENGTH, Graph
+from ssmc.core.graph import BATCH, LENGTH, ROOM, Graph
 
 _DTYPES = {
     torch.float32: "f32",
@@ -20,7 +20,7 @@ _DTYPES = {
     torch.int64: "i64",
     torch.bool: "bool",
 }
-_EXTENTS = {BATCH: "b", LENGTH: "l"}
+_EXTENTS = {BATCH: "b", LENGTH: "l", ROOM: "r"}
 
 
 def graph_text(g: Graph, layer: int | None = None) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ssmc.core.state import States
+from ssmc.core.state import POSITION, States
 from ssmc.errors import UnsupportedError
-from ssmc.frontend import layers, mixers
+from ssmc.frontend import attention, experts, layers, mixers
 
 Matches = Callable[[nn.Module], bool]
 
@@ -29,6 +29,7 @@ class Adapter:
 MIXERS = (
     Adapter(mixers.is_mamba1, mixers.mamba1, mixers.mamba1_states),
     Adapter(mixers.is_mamba2, mixers.mamba2, mixers.mamba2_states),
+    Adapter(attention.is_attention, attention.attention, attention.attention_states),
 )
 LAYERS = (
     Adapter(layers.is_linear, layers.linear),
@@ -36,6 +37,9 @@ LAYERS = (
     Adapter(layers.is_rms_norm, layers.rms_norm),
     Adapter(layers.is_gated_rms_norm, layers.gated_rms_norm),
     Adapter(layers.is_weightless_rms_norm, layers.weightless_rms_norm),
+    Adapter(attention.is_rotary, attention.rotary),
+    Adapter(experts.is_mixture, experts.mixture),
+    Adapter(experts.is_even_mixture, experts.even_mixture),
 )
 _registered: list[Adapter] = []
 
@@ -50,7 +54,10 @@ def register_adapter(
     `forward` calls `ssmc.ops`, the dialect's torch functions and the module's own sub-modules.
     A recurrent module names its states by `states(module)`: kind to shape without the batch,
     for instance `{"ssm": (512, 16)}`. `forward(module, state, *args, **kwargs)` is then handed
-    their tensors as a dict and replaces each entry by the state after the call.
+    their tensors as a dict and replaces each entry by the state after the call. A shape that
+    starts with -1 is a cache with a row for each token, which there is room for; the state
+    `position` [], how many tokens each sequence has had, is shared by all who name it, and counted
+    for them.
 
     The adapter registered last is asked first, the built-in ones after all others. Returns a
     function that takes the registration back.
@@ -87,7 +94,7 @@ class Site:
                 )
             own = {kind: states[name] for kind, name in self.states.items()}
             result = self.adapter.forward(self.module, own, *args, **kwargs)
-            new.update((self.states[kind], value) for kind, value in own.items())
+            new.update((self.states[kind], own[kind]) for kind in own if kind != POSITION)
             return result
 
         return forward

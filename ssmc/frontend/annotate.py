@@ -19,7 +19,7 @@ def annotate(g: Graph) -> Graph:
     for site in g.facts["ssm-sites"]:
         _name_values(site)
     for spec, node in zip(g.states, g.new_states, strict=True):
-        if is_call(node, "getitem"):
+        if is_call(node, "getitem", "ssmc::cache_append", "add"):
             node._rename(f"{spec.name}_next")
     g.facts.clear()
     g.matched.clear()

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ssmc.core.graph import BATCH, LENGTH
+from ssmc.core.graph import BATCH, LENGTH, ROOM
 from ssmc.core.state import StateSpec, fresh_states
 from ssmc.frontend.program import Program, program
 
-_EXAMPLE = {BATCH: 2, LENGTH: 5}
+_EXAMPLE = {BATCH: 2, LENGTH: 5, ROOM: 7}
 
 
 def export_program(
@@ -26,13 +26,14 @@ def export_program(
     """
     traced = program(module, example_inputs)
     inputs = [torch.zeros(_example_shape(x), dtype=x.dtype) for x in traced.inputs.values()]
-    states = list(fresh_states(traced.states, _EXAMPLE[BATCH]).values())
+    states = list(fresh_states(traced.states, _EXAMPLE[BATCH], room=_EXAMPLE[ROOM]).values())
     dims = {BATCH: Dim("batch", min=1), LENGTH: Dim("length", min=1)}
+    room = Dim("room", min=1)
     dynamic: list[dict[int, Any]] = [
         {i: dims[extent] for i, extent in enumerate(x.shape[:2]) if extent in dims}
         for x in traced.inputs.values()
     ]
-    dynamic += [{0: dims[BATCH]} for _ in states]
+    dynamic += [{0: dims[BATCH], **({1: room} if s.is_open else {})} for s in traced.states]
     with torch.no_grad():
         exported = torch.export.export(
             _Exportable(traced), (*inputs, *states), dynamic_shapes=(tuple(dynamic),), strict=False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from ssmc.errors import UnsupportedError, UsageError, did_you_mean
 
 TESTED = ((5, 17), (5, 23))
 _NEEDED = ("AutoConfig", "AutoModelForCausalLM", "MambaConfig", "Mamba2Config")
+_SUPPORTED = (
+    "supported are mamba, mamba2, falcon_mamba, jamba, llama and their like (docs/models.md)"
+)
 _log = logging.getLogger("ssmc")
 
 
@@ -68,7 +72,7 @@ def config(raw: Mapping[str, Any], name: str) -> Any:
     if kind not in known:
         raise UnsupportedError(
             f"{name}: model type '{kind}' is not known to transformers {library().__version__}",
-            hint=did_you_mean(kind, known) or "supported are mamba, mamba2 and falcon_mamba",
+            hint=did_you_mean(kind, known) or _SUPPORTED,
         )
     try:
         with _quiet():
@@ -100,7 +104,7 @@ def skeleton(config: Any) -> nn.Module:
     except ValueError as error:
         raise UnsupportedError(
             f"transformers has no causal language model for '{config.model_type}'",
-            hint="supported are mamba, mamba2 and falcon_mamba",
+            hint=_SUPPORTED,
         ) from error
 
 
@@ -156,8 +160,27 @@ def is_causal_lm(module: nn.Module) -> bool:
 
 
 def logits(module: nn.Module, input_ids: Any) -> Any:
-    """The logits [B, L, V] of a causal language model for token ids [B, L]."""
-    return module(input_ids=input_ids, use_cache=False, return_dict=True).logits
+    """The logits [B, L, V] of a causal language model for token ids [B, L].
+
+    Where the model would make positions and masks of the length, which adapters need none of, it is
+    handed something as if they were made: a mask of four dimensions is passed on as it is. Neither
+    can be taken for the real thing.
+    """
+    given: dict[str, Any] = {"use_cache": False, "return_dict": True}
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        given["position_ids"] = _Positions()
+        given["attention_mask"] = torch.full((1, 1, 1, 1), torch.nan)
+    return module(input_ids=input_ids, **given).logits
+
+
+class _Positions:
+    """In the place of positions, which adapters know; other code that wants them is refused."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedError(
+            "the positions of tokens, for something else than rotary embeddings",
+            hint="register an adapter that takes the state 'position'",
+        )
 
 
 def eos_token_id(module: Any) -> int | list[int] | None:

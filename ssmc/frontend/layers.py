@@ -77,8 +77,11 @@ def gated_rms_norm(module: Any, x: Tensor, gate: Tensor | None = None) -> Tensor
     return ops.rms_norm_gated(x, gate, module.weight, _epsilon(module), *_gating(module))
 
 
-def _gating(module: nn.Module) -> tuple[int | None, bool]:
-    return getattr(module, "group_size", None), bool(getattr(module, "norm_before_gate", False))
+def _gating(module: Any) -> tuple[int | None, bool]:
+    size, groups = getattr(module, "group_size", None), getattr(module, "n_groups", None)
+    if size is None and groups is not None:
+        size = module.weight.shape[0] // groups
+    return size, bool(getattr(module, "norm_before_gate", False))
 
 
 def _epsilon(module: nn.Module) -> float:

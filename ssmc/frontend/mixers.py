@@ -22,10 +22,11 @@ MAMBA1 = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
 MAMBA1_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
 MAMBA2 = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "out_proj")
 MAMBA2_NORMS = ("norm",)
+MAMBA2_SCALES = ("mup_vector",)
 
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-_CACHE_ARGUMENTS = {"cache_params", "past_key_values", "inference_params"}
+CACHE_ARGUMENTS = {"cache_params", "past_key_values", "inference_params"}
 
 
 def is_mamba1(module: nn.Module) -> bool:
@@ -35,7 +36,7 @@ def is_mamba1(module: nn.Module) -> bool:
 
 def is_mamba2(module: nn.Module) -> bool:
     """Whether `module` is a mixer of Dao and Gu, 'Transformers are SSMs', figure 6 (right)."""
-    return _is_mixer(module, MAMBA2, MAMBA2_NORMS, A_log_dims=1)
+    return _is_mixer(module, MAMBA2, MAMBA2_NORMS + MAMBA2_SCALES, A_log_dims=1)
 
 
 def _is_mixer(
@@ -52,7 +53,7 @@ def _is_mixer(
     takes = inspect.signature(module.forward).parameters
     return (
         set(required) <= held <= {*required, *optional}
-        and not _CACHE_ARGUMENTS.isdisjoint(takes)
+        and not CACHE_ARGUMENTS.isdisjoint(takes)
         and module.A_log.ndim == A_log_dims
     )
 
@@ -92,7 +93,9 @@ def mamba2(mixer: Any, state: State, hidden_states: Tensor, *_: object, **__: ob
     """The Mamba-2 mixer over [B, L, d]: one graph for any length and any state."""
     heads, width, groups, rank = _mamba2_sizes(mixer)
     inner, grouped = heads * width, groups * rank
-    projected = mixer.in_proj(hidden_states)
+    projected = mixer.in_proj(scaled(mixer, "ssm_in_multiplier", hidden_states))
+    if hasattr(mixer, "mup_vector"):
+        projected = projected * mixer.mup_vector
     z, xBC, dt = projected.split([inner, inner + 2 * grouped, heads], dim=-1)
     x, B, C = _convolve(mixer, state, xBC).split([inner, grouped, grouped], dim=-1)
     y, state["ssm"] = ops.ssd_scan(
@@ -107,8 +110,18 @@ def mamba2(mixer: Any, state: State, hidden_states: Tensor, *_: object, **__: ob
         *_dt_limits(mixer),
     )
     y = y.flatten(-2)
-    y = mixer.norm(y, z) if hasattr(mixer, "norm") else y * F.silu(z)
+    y = mixer.norm(y, z) if _has_norm(mixer) else y * F.silu(z)
     return mixer.out_proj(y)
+
+
+def scaled(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """x times the module's multiplier of that name, where it has one and that is not one."""
+    multiplier = float(getattr(module, name, 1.0))
+    return x if multiplier == 1 else x * multiplier
+
+
+def _has_norm(mixer: nn.Module) -> bool:
+    return not isinstance(getattr(mixer, "norm", None), nn.Identity | None)
 
 
 def _convolve(mixer: Any, state: State, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ssmc.core import dialect
-from ssmc.core.graph import BATCH, LENGTH, is_call
+from ssmc.core.graph import BATCH, LENGTH, ROOM, is_call
 from ssmc.errors import UnsupportedError
 from ssmc.frontend.spellings import RULES, Call
 
@@ -95,7 +95,8 @@ def check_extents(graph: fx.Graph) -> None:
 
 
 def _is_marked(value: int) -> bool:
-    return value != 0 and (value % BATCH == 0 or value % LENGTH == 0 or value == BATCH + LENGTH)
+    multiple = any(value % extent == 0 for extent in (BATCH, LENGTH, ROOM))
+    return value != 0 and (multiple or value == BATCH + LENGTH)
 
 
 def _integers(value: Any) -> Iterable[int]:

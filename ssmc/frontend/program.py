@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ssmc.core.graph import BATCH, LENGTH
-from ssmc.core.state import StateSpec
+from ssmc.core.state import POSITION, StateSpec
 from ssmc.errors import UnsupportedError, UsageError
 from ssmc.frontend import huggingface
 from ssmc.frontend.adapters import Site, adapter_of, installed
@@ -33,7 +33,8 @@ class Program:
         self.inputs = inputs
         self.run = run
         self.sites = sites(module)
-        self.states = [spec for site in self.sites for spec in _specs(site)]
+        self.states = list(dict.fromkeys(spec for site in self.sites for spec in _specs(site)))
+        _check_caches(self.states)
 
     def __call__(self, *operands: Any) -> tuple[Any, tuple[Any, ...]]:
         """The result and the new states, from the inputs followed by the states."""
@@ -41,7 +42,19 @@ class Program:
         states = dict(zip((spec.name for spec in self.states), rest, strict=True))
         with _evaluating(self.module), installed(self.sites, states) as new:
             result = self.run(self.module, *inputs)
+        if POSITION in states:
+            new[POSITION] = states[POSITION] + self._tokens(inputs)
         return result, tuple(new.get(name, state) for name, state in states.items())
+
+    def _tokens(self, inputs: tuple[Any, ...]) -> Any:
+        """How many tokens a sequence has in a call."""
+        for given, marked in zip(inputs, self.inputs.values(), strict=True):
+            if LENGTH in marked.shape[1:2]:
+                return given.shape[1]
+        raise UnsupportedError(
+            "a module with attention has no input [batch, length, ...]",
+            hint="its caches hold a row for each token",
+        )
 
 
 def program(module: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None) -> Program:
@@ -99,12 +112,27 @@ def _numbers(module: nn.Module, paths: list[str]) -> dict[str, int]:
 
 def _state_names(module: nn.Module, adapter: Any, number: int | None) -> dict[str, str]:
     kinds = () if adapter.states is None else adapter.states(module)
-    return {kind: f"l{number}_{kind}" for kind in kinds}
+    return {kind: kind if kind == POSITION else f"l{number}_{kind}" for kind in kinds}
 
 
 def _specs(site: Site) -> list[StateSpec]:
     shapes = site.adapter.states(site.module) if site.adapter.states else {}
-    return [StateSpec(site.states[kind], tuple(shape)) for kind, shape in shapes.items()]
+    return [
+        StateSpec(
+            site.states[kind], tuple(shape), torch.int64 if kind == POSITION else torch.float32
+        )
+        for kind, shape in shapes.items()
+    ]
+
+
+def _check_caches(states: Sequence[StateSpec]) -> None:
+    """Raise UsageError for caches whose adapter does not name the position."""
+    cache = next((spec.name for spec in states if spec.is_open), None)
+    if cache is not None and POSITION not in {spec.name for spec in states}:
+        raise UsageError(
+            f"state '{cache}' has a row for each token, and no adapter names '{POSITION}'",
+            hint=f"add '{POSITION}': () to the states of its adapter",
+        )
 
 
 def _marked(module: nn.Module, examples: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -12,14 +12,24 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from ssmc.core import dialect
-from ssmc.core.graph import BATCH, LENGTH, Graph, infer, is_call, put_tensor
+from ssmc.core.graph import (
+    BATCH,
+    LENGTH,
+    ROOM,
+    Graph,
+    infer,
+    is_call,
+    meta_state,
+    put_tensor,
+)
+from ssmc.core.state import POSITION
 from ssmc.errors import SsmcError, UnsupportedError
 from ssmc.frontend.annotate import annotate
 from ssmc.frontend.normalise import canonical, check_extents, fold_squeezes
 from ssmc.frontend.program import Program, layer_of, program
 from ssmc.frontend.spellings import Call
 
-DYNAMIC = (BATCH, LENGTH)
+DYNAMIC = (BATCH, LENGTH, ROOM)
 _LIBRARIES = tuple(
     f"{folder}/" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
@@ -32,7 +42,8 @@ def trace(module: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None = 
     gives logits [B, L, V]. Any other module is traced for tensors like `example_inputs`, whose
     dimension 0 is the batch, and dimension 1 the length where the first input's is; it gives a
     tensor or a tuple of tensors. States are those of the module's adapters: `l{layer}_conv`
-    [K-1, C] and `l{layer}_ssm`, [D, N] in Mamba-1, [H, P, N] in Mamba-2.
+    [K-1, C] and `l{layer}_ssm`, [D, N] in Mamba-1, [H, P, N] in Mamba-2; with attention
+    `l{layer}_k` and `l{layer}_v` [room, G, P], and once `position` [].
 
     Parameters keep their names, and may be on the meta device. Raises UnsupportedError, naming
     module and source line, for what the dialect does not cover; UsageError for wrong inputs.
@@ -178,8 +189,13 @@ class Tracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[MetaProxy]]:
         """The program and its placeholders: inputs, then states."""
         specs = self.program.states
-        states = {s.name: torch.empty(BATCH, *s.shape, dtype=s.dtype, device="meta") for s in specs}
-        owners = {name: site.path for site in self.program.sites for name in site.states.values()}
+        states = {spec.name: meta_state(spec) for spec in specs}
+        owners = {
+            name: site.path
+            for site in self.program.sites
+            for name in site.states.values()
+            if name != POSITION
+        }
         return self.program, [
             self._proxy("placeholder", name, value, owners.get(name, ""))
             for name, value in {**self.program.inputs, **states}.items()

@@ -25,6 +25,11 @@ def _linear_int4(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::int4_linear", m.x, m.w_q, m.w_scale, m.bias, like=m.node)
 
 
+def _experts(g: Graph, m: Match) -> fx.Node:
+    args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.index)
+    return g.call("ssmc::int8_expert_linear", *args, like=m.node)
+
+
 def _embedding(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::int8_embedding", m.ids, m.w_q, m.w_scale, like=m.node)
 
@@ -37,6 +42,11 @@ def _conv1d(g: Graph, m: Match) -> fx.Node | None:
     activation = operands(m.node)["activation"]
     args = (m.x_q, m.x_scale, m.w_q, m.w_scale, m.bias, m.state, activation)
     return g.call("ssmc::int8_causal_conv1d", *args, like=m.node)
+
+
+def _attention(g: Graph, m: Match) -> fx.Node:
+    args = (m.q, m.k_q, m.k_scale, m.v_q, m.v_scale, m.position, m.scale)
+    return g.call("ssmc::int8_attention", *args, like=m.node)
 
 
 def _selective_scan(g: Graph, m: Match) -> fx.Node:
@@ -70,8 +80,10 @@ RULES: Rules = (
     (op.linear(_dequantised("x"), _dequantised("w"), "bias", True), _linear),
     (op.linear(_dequantised("x"), _INT4, "bias", True), _linear),
     (op.linear(_BFLOAT16, _INT4, "bias", False), _linear_int4),
+    (op.expert_linear(_dequantised("x"), _dequantised("w"), "index", True), _experts),
     (op.embedding("ids", _dequantised("w")), _embedding),
     (_CONV1D, _conv1d),
+    (op.attention("q", _dequantised("k"), _dequantised("v"), "position", "scale"), _attention),
     (op.selective_scan(*_SCAN, "D", _dequantised("z")), _selective_scan),
     (op.selective_scan(*_SCAN, "D", None), _selective_scan),
     (op.ssd_scan(*_SCAN), _ssd_scan),

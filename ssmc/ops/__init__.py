@@ -4,7 +4,9 @@ Each is `torch.ops.ssmc.<name>` with a reference in plain torch, a fake kernel a
 [batch, length, channels]; all are functional and take torch.fx proxies.
 """
 
+from ssmc.ops.attention import attention, cache_append, int8_attention, rotary_embedding
 from ssmc.ops.conv import causal_conv1d
+from ssmc.ops.experts import expert_linear, int8_expert_linear, top_k
 from ssmc.ops.fused_conv import int8_causal_conv1d_quantize, int8_causal_conv1d_split
 from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize, int8_linear_split
 from ssmc.ops.fused_norm import (
@@ -38,20 +40,25 @@ from ssmc.ops.steps import (
 
 __all__ = [
     "add_rms_norm_quantize",
+    "attention",
+    "cache_append",
     "causal_conv1d",
     "dequantize",
     "dequantize_groups",
     "dequantize_state",
     "embedding",
+    "expert_linear",
     "gated_norm_quantize",
     "hadamard",
     "hadamard_quantize",
     "in_proj_conv_step",
     "int4_linear",
+    "int8_attention",
     "int8_causal_conv1d",
     "int8_causal_conv1d_quantize",
     "int8_causal_conv1d_split",
     "int8_embedding",
+    "int8_expert_linear",
     "int8_linear",
     "int8_linear_add",
     "int8_linear_quantize",
@@ -67,8 +74,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_gated",
     "rms_norm_quantize",
+    "rotary_embedding",
     "selective_scan",
     "selective_scan_step",
     "ssd_scan",
     "ssd_scan_step",
+    "top_k",
 ]

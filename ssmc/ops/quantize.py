@@ -34,14 +34,15 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def _groups_fake(packed: Tensor, scale: Tensor, bits: int = 4, tanh: bool = False) -> Tensor:
-    return scale.new_empty((packed.shape[0], packed.shape[1] * 8 // bits))
+    return scale.new_empty((*packed.shape[:-1], packed.shape[-1] * 8 // bits))
 
 
 @operator(_groups_fake)
 def dequantize_groups(packed: Tensor, scale: Tensor, bits: int = 4, tanh: bool = False) -> Tensor:
-    """The weight [N, K] float32 of integers of `bits` bits packed in groups (`pack`).
+    """The weight [..., N, K] float32 of integers of `bits` bits packed in groups (`pack`).
 
-    packed uint8 [N, K * bits / 8], scale [N, K / group]. Exact, but for levels spaced by `tanh`
-    (`ssmc.quant.weights.tanh_levels`), which are rounded to float32.
+    packed uint8 [..., N, K * bits / 8], scale [..., N, K / group]. Exact, but for levels spaced
+    by `tanh` (`ssmc.quant.weights.tanh_levels`), which are rounded to float32.
     """
-    return dequantize_packed(packed, scale, bits, tanh)
+    rows = dequantize_packed(packed.flatten(0, -2), scale.flatten(0, -2), bits, tanh)
+    return rows.unflatten(0, packed.shape[:-1])

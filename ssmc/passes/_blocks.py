@@ -67,14 +67,14 @@ class Stream:
 
     def __init__(self, g: Graph, windows: Sequence[Tensor], batch: int) -> None:
         placeholders = [n for n in g.nodes if n.op == "placeholder"][: len(windows)]
-        self.g, self.batch = g, batch
+        self.g, self.batch, self.room = g, batch, g.tokens(windows)
         self.values: Values = dict(zip(placeholders, windows, strict=True))
 
     def given(self, which: Tensor | slice) -> Values:
         """The values of some windows, with fresh states."""
         values = {node: value[which] for node, value in self.values.items()}
         size = len(next(iter(values.values())))
-        for name, state in fresh_states(self.g.states, size, self._device()).items():
+        for name, state in fresh_states(self.g.states, size, self._device(), self.room).items():
             values[self.g.node(name)] = state
         return values
 

@@ -69,11 +69,14 @@ class StagedRun:
         self.order = order[: max((order.index(n) for n in linears), default=0)]
         self.last_reader = {n: user for user in (*self.order, *linears[-1:]) for n in _read(user)}
 
-    def inputs(self) -> Iterator[tuple[fx.Node, Iterator[torch.Tensor]]]:
-        """Each layer, in execution order, with its input in every batch, to be read to the end."""
-        fresh = functools.cache(lambda size, device: fresh_states(self.g.states, size, device))
+    def inputs(self) -> Iterator[tuple[fx.Node, Iterator[Any]]]:
+        """Each layer, in execution order, with its input in every batch, to be read to the end.
+
+        Of stacked experts the input comes with the experts chosen, as a pair.
+        """
+        fresh = functools.cache(functools.partial(fresh_states, self.g.states))
         values = [
-            self._start(batch, fresh(len(batch[0]), batch[0].device))
+            self._start(batch, fresh(len(batch[0]), batch[0].device, self.g.tokens(batch)))
             for batch in self.context.given()
         ]
         done = 0
@@ -90,14 +93,15 @@ class StagedRun:
 
     def _advance(
         self, values: dict[fx.Node, Any], calls: Sequence[fx.Node], linear: fx.Node
-    ) -> torch.Tensor:
+    ) -> Any:
         for node in calls:
             values[node] = self._value(values, node)
             for operand in (*_read(node), node):
                 if self.last_reader.get(operand, node) is node:
                     values.pop(operand, None)
-        x: torch.Tensor = self._value(values, operands(linear)["x"])
-        return x
+        given = operands(linear)
+        read = [self._value(values, given[name]) for name in ("x", "index") if name in given]
+        return read[0] if len(read) == 1 else tuple(read)
 
     def _value(self, values: dict[fx.Node, Any], node: fx.Node) -> Any:
         """A value that is there, a parameter, or the result of a call of such."""

@@ -23,11 +23,12 @@ from torch import fx
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError, did_you_mean
+from ssmc.passes._transformer import LINEARS
 from ssmc.passes.ssm_sites import SCANS
 
 FLOAT, DEFAULT = "float", "default"
 _BITS = re.compile(r"w([2-8])a(8|16)")
-_CALLS = ("ssmc::embedding", "ssmc::causal_conv1d", "ssmc::linear", *SCANS)
+_CALLS = ("ssmc::embedding", "ssmc::causal_conv1d", *LINEARS, *SCANS)
 
 
 class Bits(NamedTuple):
@@ -94,7 +95,7 @@ def operators(g: Graph) -> list[Operator]:
 
 
 def _has_weight(node: fx.Node) -> bool:
-    if not is_call(node, "ssmc::linear"):
+    if not is_call(node, *LINEARS):
         return bool(node.meta.get("role"))  # a convolution outside a site is left alone
     return bool(operands(node)["weight"].op == "get_attr")
 

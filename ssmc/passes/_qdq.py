@@ -28,7 +28,8 @@ class Quantised:
 class QuantisedWeight:
     """What became of a weight [N, K] in float (with what was folded into it), and in what format.
 
-    `twin` is the call that dequantises it, from the parameters of integers and scales.
+    `twin` is the call that dequantises it, from the parameters of integers and scales. Of stacked
+    experts the weight is [E, N, K], whose rows are quantised as those of one matrix.
     """
 
     twin: fx.Node
@@ -37,7 +38,8 @@ class QuantisedWeight:
 
     def write(self, g: Graph, q: torch.Tensor, scale: torch.Tensor) -> None:
         """Put other integers [N, K] and scales [N, G] in the place of those it has."""
-        for node, value in zip(self.twin.args[:2], self.form.store(q, scale), strict=True):
+        stored = _store(self.form, q, scale, self.weight.shape[:-1])
+        for node, value in zip(self.twin.args[:2], stored, strict=True):
             g.set_param(node, value)  # type: ignore[arg-type]
 
 
@@ -105,7 +107,7 @@ class Quantiser:
         form: WeightFormat | None = None,
         folded: fx.Node | None = None,
     ) -> fx.Node:
-        """A weight [N, K] through `form`, in front of `user`, which is the first to read it.
+        """A weight [..., N, K] through `form`, in front of `user`, which is the first to read it.
 
         By default 8 bits. Its columns are times the scales of the value that is `folded` into
         them, if one is.
@@ -121,8 +123,9 @@ class Quantiser:
         return self.weights[key].twin
 
     def _stored(self, user: fx.Node, name: str, value: torch.Tensor, form: WeightFormat) -> fx.Node:
-        scale = form.scales(value)
-        stored = form.store(form.round(value, scale), scale)
+        rows = value.flatten(0, -2)
+        scale = form.scales(rows)
+        stored = _store(form, form.round(rows, scale), scale, value.shape[:-1])
         q = self.g.new_param(f"{name}_int{form.bits}", stored[0])
         s = self.g.new_param(f"{name}_scale", stored[1])
         with self.g.before(user):
@@ -157,6 +160,13 @@ class Quantiser:
         integers, scale = pair[-2:]
         with self.g.after(pair[0]):
             return self.g.call("ssmc::dequantize", integers, scale, like=value, suffix="dq")
+
+
+def _store(
+    form: WeightFormat, q: torch.Tensor, scale: torch.Tensor, rows: torch.Size
+) -> list[torch.Tensor]:
+    """Integers and scales as the graph holds them, with rows [N], or [E, N] of stacked experts."""
+    return [t.unflatten(0, rows) if t.dim() else t for t in form.store(q, scale)]
 
 
 def _shared(absmax: torch.Tensor, clusters: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 GROUP = 128
 """Columns that share a scale where an override asks for few bits and no group is given."""
+SMALL = ("x_proj", "dt_proj", "router", "head")
+"""Roles that few bits hurt most for what they save, so that only `scope=all` gives them these."""
 
 
 class Quantising:
@@ -118,7 +120,7 @@ class Quantising:
         if named is None and linear.role == "head" and not self.options.head:
             self.g.skip(linear.node, "head=false")
             return
-        scoped = self.options.scope == "all" or linear.role in ("in_proj", "out_proj", "linear")
+        scoped = self.options.scope == "all" or linear.role not in SMALL
         weights_only = self.options.activations == 16
         if named is None and weights_only and not scoped and linear.role != "head":
             self.g.skip(linear.node, "out of scope, so in float")
@@ -127,8 +129,8 @@ class Quantising:
         x, folded = self._input(linear, bits)
         form = self._fitting(linear, self._format(named) if named or scoped else None)
         weight = self.q.weight(linear.node, linear.weight, form, folded)
-        bias = operands(linear.node)["bias"]
-        linear.node.args = (x, weight, bias, bits.activations == 8)
+        read = {"x": x, "weight": weight, "exact": bits.activations == 8}
+        linear.node.args = tuple((operands(linear.node) | read).values())
         self.g.match(linear.node)
 
     def _format(self, named: Bits | None) -> WeightFormat:
@@ -144,7 +146,7 @@ class Quantising:
 
     def _fitting(self, linear: Linear, form: WeightFormat | None) -> WeightFormat | None:
         """`form` where the layer's width divides into it; None: 8 bits, as layers out of scope."""
-        width = self.g.param(linear.weight).shape[1]
+        width = self.g.param(linear.weight).shape[-1]
         if form is None or form.fits(width):
             return form
         multiple = form.group or columns_packed(form.bits)

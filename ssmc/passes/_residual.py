@@ -9,6 +9,7 @@ from torch import fx
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.errors import PassError
+from ssmc.passes._transformer import LINEARS, is_scaling, read_by
 from ssmc.passes.fold_norm import fold_norm
 
 _HINT = "leave residual=true out for this model"
@@ -43,9 +44,8 @@ class ResidualStream:
         return stream
 
     def _carries(self, node: fx.Node) -> bool:
-        return is_call(node, "add", "to_dtype") and any(
-            a in self.values for a in node.all_input_nodes
-        )
+        passes_on = is_call(node, "add", "to_dtype") or is_scaling(node)
+        return passes_on and any(a in self.values for a in node.all_input_nodes)
 
     def _meet(self, g: Graph, value: fx.Node, user: fx.Node) -> None:
         if user in self.values:
@@ -59,29 +59,50 @@ class ResidualStream:
         for operand in node.all_input_nodes:
             if operand in self.values:
                 continue
-            if not is_call(operand, "ssmc::linear"):
-                raise PassError(f"{operand.name}, no linear layer, writes the residual", hint=_HINT)
-            args = operands(operand)
-            self._note(self.writers, args["weight"])
-            if args["bias"] is not None:
-                self._note(self.biases, args["bias"])
+            for writer in _layers_behind(operand):
+                args = operands(writer)
+                self._note(self.writers, args["weight"])
+                if args.get("bias") is not None:
+                    self._note(self.biases, args["bias"])
 
     def _read(self, g: Graph, norm: fx.Node) -> None:
-        for user in list(norm.users):
-            if not is_call(user, "ssmc::linear"):
+        for user in read_by(norm):
+            if not is_call(user, *LINEARS):
                 raise PassError(f"{user.name}, no linear layer, reads {norm.name}", hint=_HINT)
             untie(g, user)
         if operands(norm)["weight"] is not None:
             folded = fold_norm(g, norm)
             g.replace(norm, folded)
             norm = folded
-        for user in norm.users:
+        for user in read_by(norm):
             self._note(self.readers, operands(user)["weight"])
 
     @staticmethod
     def _note(weights: list[fx.Node], weight: fx.Node) -> None:
         if weight not in weights:
             weights.append(weight)
+
+
+def _layers_behind(value: fx.Node) -> list[fx.Node]:
+    """The linear layers, experts among them, whose outputs `value` sums; PassError for others."""
+    if is_call(value, "ssmc::linear"):
+        return [value]
+    if is_call(value, "add") or is_scaling(value):
+        return [layer for operand in value.all_input_nodes for layer in _layers_behind(operand)]
+    experts = _experts_behind(value)
+    if experts is None:
+        raise PassError(f"{value.name}, no linear layer, writes the residual", hint=_HINT)
+    return [experts]
+
+
+def _experts_behind(value: fx.Node) -> fx.Node | None:
+    """The experts whose outputs, each times a number, `value` is the sum of."""
+    product = value.args[0] if is_call(value, "sum") and value.args[1] == 2 else None
+    if not isinstance(product, fx.Node) or not is_call(product, "mul"):
+        return None
+    outputs = [n for n in product.all_input_nodes if is_call(n, "ssmc::expert_linear")]
+    weights = [n for n in product.all_input_nodes if n.meta["val"].shape[-1] == 1]
+    return outputs[0] if len(outputs) == len(weights) == 1 else None
 
 
 def untie(g: Graph, linear: fx.Node) -> None:

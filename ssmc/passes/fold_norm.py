@@ -8,6 +8,7 @@ from torch import fx
 
 from ssmc.core import Graph, Match, Pass, is_call, op, register
 from ssmc.core.dialect import operands
+from ssmc.passes._transformer import LINEARS, read_by
 
 
 @register
@@ -34,8 +35,8 @@ class FoldNorm(Pass):
             return None
         if m.gamma.op != "get_attr":
             return g.skip(m.node, f"its weight is computed, by {m.gamma.name}")
-        for user in m.node.users:
-            if not is_call(user, "ssmc::linear"):
+        for user in read_by(m.node):
+            if not is_call(user, *LINEARS):
                 return g.skip(m.node, f"{user.name}, which reads it, is no linear layer")
             weight = operands(user)["weight"]
             if weight.op != "get_attr":
@@ -48,7 +49,7 @@ class FoldNorm(Pass):
 def fold_norm(g: Graph, norm: fx.Node) -> fx.Node:
     """The same norm without its weight, which its readers' weights take over."""
     x, gamma, eps = operands(norm).values()
-    for user in list(norm.users):
+    for user in read_by(norm):
         weight = operands(user)["weight"]
         g.set_param(weight, g.param(weight) * g.param(gamma))
     with g.before(norm):

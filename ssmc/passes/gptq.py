@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ssmc.core import Context, Graph, Pass, register
+from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 from ssmc.errors import NumericsError, PassError, UsageError
 from ssmc.passes._calibration import StagedRun
 from ssmc.passes._qdq import QuantisedWeight
+from ssmc.passes._transformer import LINEARS
 from ssmc.quant.descent import descend
 from ssmc.quant.gptq import Hessian, corrected, gptq
+from ssmc.quant.weights import WeightFormat
+
+Part = tuple[Tensor, Tensor, Hessian]
+"""A matrix, what is rounded in its place, and the Hessian of its inputs."""
 
 
 @register
 @dataclass(frozen=True)
 class Gptq(Pass):
-    """Round the weights of in_proj and out_proj so that the outputs err least on calibration text.
+    """Round the weights of linear layers so that the outputs err least on calibration text.
 
     Replaces:  linear(x, dequantize(round(W), s))
     With:      linear(x, dequantize(Q, s')),  Q and s' in the same format: bits, groups, packing
@@ -36,9 +42,10 @@ class Gptq(Pass):
     has there, so that it makes up for what layers before it have lost (Li et al. 2025, 'GPTAQ',
     arXiv 2504.02692, which has the name). `sweeps` is how often coordinate descent passes over
     integers and scales afterwards (Behdin et al. 2023, 'QuantEase', arXiv 2309.01885); one takes
-    about as long as GPTQ itself.
+    about as long as GPTQ itself. Stacked experts are each rounded on the tokens that chose it, and
+    not asymmetrically: in float a token may choose others.
 
-    Other layers, `x_proj` and `head` where those are true. `damping` is what is added to the
+    Not dt_proj, and `x_proj` and `head` where those are true. `damping` is what is added to the
     diagonal of the Hessian, as a share of its mean (section 4, step 3); `act_order` takes the
     inputs with the largest values first, as the authors' code can.
     """
@@ -67,23 +74,17 @@ class Gptq(Pass):
     def run(self, g: Graph, context: Context) -> None:
         """Layer by layer in execution order; the calibration batches run through once."""
         chosen = self._chosen(g)
+        matrices = [n for n, weight in chosen.items() if self.asymmetric and not _experts(weight)]
+        expected = self._expected(g, matrices, context)
         left: list[float] = []
-        expected = self._expected(g, list(chosen), context)
         for linear, batches in StagedRun(g, list(chosen), context).inputs():
             weight = chosen[linear]
-            value = weight.weight
-            hessian = Hessian(value.shape[1], value.device)
-            if self.asymmetric:
-                outputs = torch.zeros_like(value, dtype=torch.float64)
-                for x, y in zip(batches, next(expected), strict=True):
-                    hessian.add(x)
-                    outputs += y.flatten(0, -2).T @ x.flatten(0, -2)
+            if linear in matrices:
                 with _named(linear):
-                    value = corrected(value, hessian, outputs, self.damping)
+                    parts = [self._corrected(weight.weight, batches, next(expected))]
             else:
-                for x in batches:
-                    hessian.add(x)
-            left.append(self._round(g, linear, weight, value, hessian))
+                parts = _parts(weight.weight, batches)
+            left.append(self._round(g, linear, weight, parts))
         if left:
             share = f"{min(left):.2f} to {max(left):.2f}"
             g.note(f"outputs: {share} of the squared error of nearest integers")
@@ -104,7 +105,7 @@ class Gptq(Pass):
             raise PassError("no pass left weights to round", hint="name quantise before it")
         weights = {weight.twin: weight for weight in g.facts["quantise"]}
         chosen = {}
-        for linear in g.calls("ssmc::linear"):
+        for linear in (n for n in g.nodes if is_call(n, *LINEARS)):
             weight = weights.get(operands(linear)["weight"])
             if weight is not None and self._takes(g, linear, weight):
                 chosen[linear] = weight
@@ -121,26 +122,66 @@ class Gptq(Pass):
             return True
         return False
 
-    def _round(
-        self, g: Graph, linear: fx.Node, weight: QuantisedWeight, value: Tensor, hessian: Hessian
-    ) -> float:
-        """The squared error of the layer's outputs, as a share of that of nearest integers.
+    def _corrected(
+        self, weight: Tensor, batches: Iterator[Tensor], expected: Iterator[Tensor]
+    ) -> Part:
+        """The weight that makes up for errors before it, to be rounded in place of `weight`."""
+        hessian = Hessian(weight.shape[1], weight.device)
+        outputs = torch.zeros_like(weight, dtype=torch.float64)
+        for x, y in zip(batches, expected, strict=True):
+            hessian.add(x)
+            outputs += y.flatten(0, -2).T @ x.flatten(0, -2)
+        return weight, corrected(weight, hessian, outputs, self.damping), hessian
 
-        `value` is what is rounded: the weight, or what makes up for errors before it.
-        """
-        form = weight.form
+    def _round(
+        self, g: Graph, linear: fx.Node, weight: QuantisedWeight, parts: Sequence[Part]
+    ) -> float:
+        """The squared error of the layer's outputs, as a share of that of nearest integers."""
         with _named(linear):
-            q, scale = gptq(value, hessian, form, self.damping, self.act_order)
-        q, scale = descend(value, q, scale, hessian, form, self.damping, self.sweeps)
-        s = form.scales(weight.weight)
-        nearest = hessian.error(form.values(form.round(weight.weight, s), s) - value)
-        left = hessian.error(form.values(q, scale) - value)
+            found = [self._choose(*part, weight.form) for part in parts]
+        integers, scales, lefts, errors = zip(*found, strict=True)
+        left, nearest = sum(lefts), sum(errors)
         if not left < nearest:
             g.skip(linear, "nearest integers err no more")
             return 1.0
-        weight.write(g, q, scale)
+        weight.write(g, torch.cat(integers), torch.cat(scales))
         g.match(linear)
         return left / nearest
+
+    def _choose(
+        self, weight: Tensor, value: Tensor, hessian: Hessian, form: WeightFormat
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """Integers and scales of a matrix, the error they leave, and that of nearest integers."""
+        s = form.scales(weight)
+        nearest = form.round(weight, s)
+        error = hessian.error(form.values(nearest, s) - value)
+        if not error:  # an expert that no token chose has no error
+            return nearest, s, error, error
+        q, scale = gptq(value, hessian, form, self.damping, self.act_order)
+        q, scale = descend(value, q, scale, hessian, form, self.damping, self.sweeps)
+        left = hessian.error(form.values(q, scale) - value)
+        return (q, scale, left, error) if left < error else (nearest, s, error, error)
+
+
+def _experts(weight: QuantisedWeight) -> bool:
+    """Whether a weight is that of stacked experts, [experts, N, K]."""
+    return weight.weight.dim() > 2
+
+
+def _parts(weight: Tensor, batches: Iterator[Any]) -> list[Part]:
+    """A weight with its inputs; of stacked experts each, with those of the tokens that chose it."""
+    *experts, _, width = weight.shape
+    hessians = [Hessian(width, weight.device) for _ in range(*experts or (1,))]
+    for given in batches:
+        if not experts:
+            hessians[0].add(given)
+            continue
+        x, index = given
+        each = x.unsqueeze(2).expand(*index.shape, width) if x.dim() == 3 else x
+        for expert, hessian in enumerate(hessians):
+            hessian.add(each[index == expert])
+    matrices = weight.view(len(hessians), -1, width)
+    return [(m, m, hessian) for m, hessian in zip(matrices, hessians, strict=True)]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import fx
 import ssmc.ops
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.passes._residual import ResidualStream
+from ssmc.passes._transformer import attentions, gated_mlps
 from ssmc.passes.linears import Linear, describe
 from ssmc.quant.rotation import check_block, largest_block
 
@@ -17,15 +18,17 @@ from ssmc.quant.rotation import check_block, largest_block
 @register
 @dataclass(frozen=True)
 class Hadamard(Pass):
-    """Rotate the scan's output online and fold the inverse into out_proj.
+    """Rotate what ends a mixer or an MLP online and fold the inverse into its last projection.
 
     Replaces:  out_proj(y)
     With:      out_proj_H(hadamard(y)),  out_proj_H.weight = W H
 
-    Quamba (Chiang et al. 2024, arXiv 2410.13229), section 4.3: the outliers of y spread over all
-    channels. `block`: size of the rotation (default: the largest of known order that divides the
-    width). `residual=true` rotates the residual stream as well, offline: embedding, inputs of
-    in_proj, outputs of out_proj, head (QuaRot, Ashkboos et al. 2024, section 4).
+    y is the output of a scan (Quamba, Chiang et al. 2024, arXiv 2410.13229, section 4.3), that of
+    attention in front of o_proj, and the product of a gated MLP in front of down_proj (QuaRot,
+    Ashkboos et al. 2024, arXiv 2404.00456, section 4): its outliers spread over all channels.
+    `block`: size of the rotation (default: the largest of known order that divides the width).
+    `residual=true` rotates the residual stream as well, offline: embedding, head, and what reads
+    and writes the stream (QuaRot, section 4).
     """
 
     name = "hadamard"
@@ -37,12 +40,15 @@ class Hadamard(Pass):
     residual: bool = False
 
     def run(self, g: Graph, context: Context) -> None:
-        """Rotate every out_proj input, then the residual stream if asked."""
-        for site in g.facts["ssm-sites"]:
-            if site.out_proj is None:
-                g.skip(site.scan, "its output reaches no linear layer")
+        """Rotate the input of every last projection, then the residual stream if asked."""
+        ends = [(site.scan, site.out_proj) for site in g.facts["ssm-sites"]]
+        ends += [(found.call, found.o_proj) for found in attentions(g)]
+        ends += [(mlp.product, mlp.down_proj) for mlp in gated_mlps(g)]
+        for call, projection in ends:
+            if projection is None:
+                g.skip(call, "its output reaches no linear layer")
             else:
-                self._rotate_input(g, describe(site.out_proj))
+                self._rotate_input(g, describe(projection))
         if self.residual:
             self._rotate_residual(g)
 
@@ -64,7 +70,7 @@ class Hadamard(Pass):
         for reader in (stream.embedding, *stream.readers, *stream.biases):
             rotate(g, reader, block)
         for writer in stream.writers:
-            g.set_param(writer, rotated(g.param(writer).T, block).T.contiguous())
+            g.set_param(writer, rotated(g.param(writer).mT, block).mT.contiguous())
         g.match(next(iter(stream.embedding.users)))
 
 

@@ -8,6 +8,7 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
+from ssmc.passes._transformer import LINEARS, computed_by, roles
 from ssmc.passes.ssm_sites import source
 
 
@@ -15,7 +16,8 @@ from ssmc.passes.ssm_sites import source
 class Linear:
     """One call of a linear layer.
 
-    Its input value, its weight (a get_attr node [N, K]), and the norm it reads, if it reads one.
+    Its input value, its weight (a get_attr node [N, K], of stacked experts [E, N, K]), and the norm
+    it reads, if it reads one.
     """
 
     node: fx.Node
@@ -25,7 +27,10 @@ class Linear:
 
     @property
     def role(self) -> str:
-        """in_proj, x_proj, dt_proj, out_proj, head, or linear."""
+        """in_proj, x_proj, dt_proj, out_proj; q_proj, k_proj, v_proj, o_proj; head; or linear.
+
+        Of gated MLPs and experts gate_proj and up_proj, or gate_up_proj, and down_proj; router.
+        """
         return str(self.node.meta.get("role") or "linear")
 
     @property
@@ -40,8 +45,9 @@ class Linears(Pass):
     """Find the linear layers, the embedding, the norms and the head; give each its role.
 
     Replaces:  nothing
-    With:      roles (embedding, norm, head; ssm-sites names the projections) and the list of
-               linear layers, which other passes ask for
+    With:      roles (embedding, norm, head; of attention q_proj, k_proj, v_proj, o_proj; of gated
+               MLPs and experts gate_proj, up_proj, gate_up_proj, down_proj; router; ssm-sites names
+               the others) and the list of linear layers, which other passes ask for
     """
 
     name = "linears"
@@ -52,11 +58,12 @@ class Linears(Pass):
         """List the calls of linear whose weight is a parameter."""
         for node in [*g.calls("ssmc::embedding"), *g.calls("ssmc::rms_norm")]:
             node.meta["role"] = "embedding" if is_call(node, "ssmc::embedding") else "norm"
-        found = [
-            describe(n) for n in g.calls("ssmc::linear") if operands(n)["weight"].op == "get_attr"
-        ]
+        for node, role in roles(g).items():
+            node.meta["role"] = role
+        calls = [n for n in g.nodes if is_call(n, *LINEARS)]
+        found = [describe(n) for n in calls if operands(n)["weight"].op == "get_attr"]
         results = g.result if isinstance(g.result, tuple | list) else (g.result,)
-        heads = {source(r) for r in results}
+        heads = {computed_by(r) for r in results}
         for linear in found:
             if linear.node in heads:
                 linear.node.meta["role"] = "head"

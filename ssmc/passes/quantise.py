@@ -17,15 +17,15 @@ from ssmc.quant.weights import Range
 @register
 @dataclass(frozen=True)
 class Quantise(Pass):
-    """W8A8: every projection, the convolution, the scan's operands, embedding and head.
+    """W8A8: every linear layer, the convolution, the scan's operands, embedding and head.
 
     Replaces:  linear(x, W)
     With:      linear(dequantize(quantize(x, s), s), dequantize(W_int8, s_W), exact)
 
     `granularity=free` takes every scale that costs nothing at run time: static and per channel
     for what is elementwise between in_proj and out_proj (x, z, u, dt; that of u goes into the
-    columns of x_proj), dynamic and per token for what a kernel holds a row of (inputs of in_proj,
-    out_proj, dt_proj and the head, B, C), and per output channel for weights.
+    columns of x_proj), dynamic and per token for what a kernel holds a row of (inputs of all other
+    linear layers, B, C), and per output channel for weights.
     `margin` widens those per channel: what one channel reached on the calibration text it exceeds
     on another text more often than a whole tensor does. `granularity=tensor` takes one static
     scale a tensor, as Quamba does (Chiang et al. 2024, arXiv 2410.13229, section 4), or one for
@@ -35,12 +35,13 @@ class Quantise(Pass):
     a scale in weights, by default a tensor with granularity=tensor, else a row. A, D, dt_bias,
     norms, biases and states stay float32. `embedding` and `head` leave those in float where false.
 
-    `weights` is the bits, 2 to 8, of in_proj and out_proj, with `scope=all` of every linear layer;
-    `group` input channels share a scale (Frantar et al. 2023, arXiv 2210.17323, section 5), without
-    it a row or tensor. Other layers, and those whose width is no multiple of it, keep 8 bits.
-    `range=mse` clips these weights where their squared error is least, and uses every integer of
-    so many bits, with the sign of the scale that serves best; `range=tanh` clips them at three
-    standard deviations, with levels spaced by a hyperbolic tangent (`ssmc/quant/weights.py`).
+    `weights` is the bits, 2 to 8, of every linear layer but x_proj, dt_proj, router and head, with
+    `scope=all` of these as well; `group` input channels share a scale (Frantar et al. 2023, arXiv
+    2210.17323, section 5), without it a row or tensor. Other layers, and those whose width is no
+    multiple of it, keep 8 bits. `range=mse` clips these weights where their squared error is least,
+    and uses every integer of so many bits, with the sign of the scale that serves best;
+    `range=tanh` clips them at three standard deviations, with levels spaced by a hyperbolic
+    tangent (`ssmc/quant/weights.py`).
 
     `activations=16` quantises weights only: nothing is int8 between layers, and the linear layers
     round their inputs to bfloat16, in which every kernel for such weights multiplies. Layers out of

@@ -11,6 +11,7 @@ from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
 from ssmc.passes._calibration import observe
+from ssmc.passes._transformer import LINEARS, gated_mlp
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import source
 from ssmc.quant.observers import Absmax
@@ -26,7 +27,8 @@ class Smooth(Pass):
 
     SmoothQuant (Xiao et al. 2023, arXiv 2211.10438), equation 4. The division is folded into
     what produces x, where that is legal: a norm's weight (in_proj, head, and out_proj behind a
-    gated norm), or the rows of x_proj (dt_proj). It is not across a SiLU or a gate.
+    gated norm), the rows of x_proj (dt_proj), or those of up_proj (down_proj), by which the gate is
+    multiplied. It is not across a SiLU, or where both factors of a product are computed otherwise.
     """
 
     name = "smooth"
@@ -47,7 +49,9 @@ class Smooth(Pass):
         observe(g, observers, context)
         for x, linears in groups.items():
             weights = [g.param(linear.weight) for linear in linears]
-            s = factors(observers[x].channel(), weights, self.alpha)
+            width = weights[0].shape[-1]
+            absmax = observers[x].channel().reshape(-1, width).amax(0)  # over a token's experts
+            s = factors(absmax, weights, self.alpha)
             divide(g, x, s)
             for linear, weight in zip(linears, weights, strict=True):
                 g.set_param(linear.weight, weight * s)
@@ -77,8 +81,8 @@ def by_input(linears: list[Linear]) -> dict[fx.Node, list[Linear]]:
 
 
 def factors(absmax: torch.Tensor, weights: list[torch.Tensor], alpha: float) -> torch.Tensor:
-    """SmoothQuant's factors [K], from the input's range [K] and the weights [N, K] it meets."""
-    largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    """SmoothQuant's factors [K], from the input's range [K] and the weights [..., K] it meets."""
+    largest = torch.stack([w.abs().flatten(0, -2).amax(0) for w in weights]).amax(0)
     s = absmax.clamp_min(1e-5).pow(alpha) / largest.clamp_min(1e-5).pow(1 - alpha)
     return s.clamp_min(1e-5)
 
@@ -89,7 +93,7 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
     if rows is not None:
         weight, start, stop = rows
         scaled = g.param(weight).clone()
-        scaled[start:stop] /= s[:, None]
+        scaled[..., start:stop, :] /= s[:, None]
         g.set_param(weight, scaled)
         return
     gamma = operands(x)["weight"]
@@ -110,17 +114,31 @@ def _has_weight(x: fx.Node) -> bool:
 
 
 def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """The weight rows that compute `x`: a part of a bias-free linear layer's output, read once."""
+    """The weight rows that compute `x`: a part of a bias-free linear layer's output, read once.
+
+    Or the factor of `x` that a linear layer computes, where `x` is the product of a gated MLP.
+    """
+    mlp = gated_mlp(x) if is_call(x, "mul") else None
+    if mlp is not None:
+        return _rows(mlp.up) if is_call(mlp.up, "getitem") else _all_rows(mlp.up)
     if not is_call(x, "getitem"):
         return None
     parts, index = operands(x).values()
     if not is_call(parts, "split") or sum(user.args[1] == index for user in parts.users) > 1:
         return None
     linear, sizes, dim = operands(parts).values()
-    if dim != -1 or not is_call(linear, "ssmc::linear") or len(linear.users) > 1:
-        return None
-    args = operands(linear)
-    if args["bias"] is not None or args["weight"].op != "get_attr" or len(args["weight"].users) > 1:
+    rows = _all_rows(linear)
+    if dim != -1 or rows is None:
         return None
     start = sum(sizes[:index])
-    return args["weight"], start, start + sizes[index]
+    return rows[0], start, start + sizes[index]
+
+
+def _all_rows(linear: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """The weight rows of a bias-free linear layer whose output is read once."""
+    if not is_call(linear, *LINEARS) or len(linear.users) > 1:
+        return None
+    weight, bias = operands(linear)["weight"], operands(linear).get("bias")
+    if bias is not None or weight.op != "get_attr" or len(weight.users) > 1:
+        return None
+    return weight, 0, weight.meta["val"].shape[-2]

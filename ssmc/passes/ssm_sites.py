@@ -80,7 +80,7 @@ def find_site(scan: fx.Node) -> Site:
     conv1d = _only(source(u), "ssmc::causal_conv1d")
     x = operands(conv1d)["x"] if conv1d is not None else None
     dt_source = _only(source(args["dt"]), "ssmc::linear")
-    below = _only(source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
+    below = _only(_normed_source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
     gate_norm, out_proj = _down(scan)
     z = args.get("z") or (operands(gate_norm)["gate"] if gate_norm is not None else None)
     return Site(
@@ -110,26 +110,34 @@ def source(value: fx.Node) -> fx.Node:
     return value
 
 
+def _normed_source(value: fx.Node) -> fx.Node:
+    """The call that computes `value`, seen through a norm as well."""
+    found = source(value)
+    return source(operands(found)["x"]) if is_call(found, *_NORMS) else found
+
+
 def _normed(node: fx.Node) -> list[fx.Node]:
-    return [n for n in _readers(node) if is_call(n, *_NORMS)]
+    return [n for n in readers(node) if is_call(n, *_NORMS)]
 
 
 def _only(node: fx.Node, name: str) -> fx.Node | None:
     return node if is_call(node, name) else None
 
 
-def _readers(value: fx.Node) -> list[fx.Node]:
+def readers(value: fx.Node) -> list[fx.Node]:
     """The calls that read `value`, seen through views, casts and rotations."""
     found = []
     for user in value.users:
-        found += _readers(user) if is_call(user, *_VIEWS, *_CASTS) else [user]
+        found += readers(user) if is_call(user, *_VIEWS, *_CASTS) else [user]
     return found
 
 
 def _down(scan: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     output = next((n for n in scan.users if is_call(n, "getitem") and n.args[1] == 0), scan)
-    readers = _readers(output)
-    gate_norm = next((n for n in readers if is_call(n, "ssmc::rms_norm_gated")), None)
+    found = readers(output)
+    gate_norm = next((n for n in found if is_call(n, "ssmc::rms_norm_gated")), None)
     if gate_norm is not None:
-        readers = _readers(gate_norm)
-    return gate_norm, next((n for n in readers if is_call(n, "ssmc::linear")), None)
+        found = readers(gate_norm)
+    else:  # a gate without a norm is a product
+        found += [n for gated in found if is_call(gated, "mul") for n in readers(gated)]
+    return gate_norm, next((n for n in found if is_call(n, "ssmc::linear")), None)

@@ -87,8 +87,11 @@ class Recording:
 
 
 def advance(program: Graph, ids: Tensor, states: States) -> Tensor:
-    """Logits [batch, vocabulary] behind `ids` [batch, length]; `states` are overwritten."""
-    logits, new = program(ids, states=states)
+    """Logits [batch, vocabulary] behind `ids` [batch, length]; `states` are overwritten.
+
+    They have room for the ids.
+    """
+    logits, new = program.run(ids, states=states)
     overwrite(states, new)
     return logits[:, -1]
 

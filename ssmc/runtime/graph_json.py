@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ssmc.core import Graph, StateSpec
 from ssmc.core.dialect import resolve, target_name
-from ssmc.core.graph import infer, put_tensor
+from ssmc.core.graph import infer, meta_state, put_tensor
 from ssmc.errors import ArtefactError, SsmcError
 
 SCHEMA = 1
@@ -85,19 +85,20 @@ class _Reader:
         ]
         self.inputs = [spec["name"] for spec in data["inputs"]]
         for spec in data["inputs"]:
-            self._placeholder(spec["name"], tuple(spec["shape"]), dtype_from(spec["dtype"]))
+            shape, dtype = tuple(spec["shape"]), dtype_from(spec["dtype"])
+            self._placeholder(spec["name"], torch.empty(shape, dtype=dtype, device="meta"))
         batch = data["inputs"][0]["shape"][0]
         for spec in self.specs:
-            self._placeholder(spec.name, (batch, *spec.shape), spec.dtype)
+            self._placeholder(spec.name, meta_state(spec, batch))
         for name, value in tensors.items():
             self._tensor(name, value)
         for row in data["nodes"]:
             self._call(row)
         self.graph.output((self.decode(data["result"]), tuple(self.decode(data["new_states"]))))
 
-    def _placeholder(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def _placeholder(self, name: str, value: torch.Tensor) -> None:
         node = self.graph.placeholder(_plain(name))
-        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        node.meta["val"] = value
         self.known[name] = node
 
     def _tensor(self, name: str, value: torch.Tensor) -> None:

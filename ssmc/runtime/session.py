@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ssmc.core import Graph, States
-from ssmc.core.state import fresh_states
+from ssmc.core.state import extended_states, fresh_states
 from ssmc.device import running_on
 from ssmc.errors import UsageError
 from ssmc.lowering import Form
 from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear, overwrite
 
 LARGEST_PIECE = 2048  # tokens: they fill a GPU, and bound the memory that a prompt takes
+FIRST_ROOM = 512  # tokens a cache has room for at first
 SMALLEST_PIECE = 16  # fewer tokens run one by one, which costs less than recordings of their own
 
 
@@ -27,6 +28,9 @@ class Session:
     length occurs, and replayed from then on; the lengths of pieces are then powers of two, so that
     a few recordings serve every prompt and nothing is padded. What cannot be recorded runs kernel
     by kernel, and a warning says why.
+
+    States that hold a row for each token have room for a number of them. Where that is used up they
+    move to buffers of twice the size, and calls are recorded anew.
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class Session:
         self._programs = programs
         self._captured: set[Form] = {"last", "step"} if capture else set()
         self._recordings: dict[int, Recording] = {}
+        self._capture = capture
+        self._specs = programs("step").states
+        self._tokens, self._room = 0, FIRST_ROOM
         self._single: Session | None = None
         with running_on(device):
-            self.states = fresh_states(programs("step").states, batch, device)
-            self._recorder = Recorder(self.states, device) if capture else None
+            self._use(fresh_states(self._specs, batch, device, self._room))
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits [batch, vocabulary] behind `ids` [batch, length], valid until the next call.
@@ -56,6 +62,7 @@ class Session:
         """
         self._check(ids)
         with running_on(self.device):
+            self._make_room(ids.shape[1])
             for piece in ids.to(self.device).split(self._cut(ids.shape[1]), 1):
                 logits = self._advance(piece)
         return logits
@@ -71,11 +78,16 @@ class Session:
                 f"{len(prompts)} prompts in a session of {self.batch} sequences",
                 hint="give one for each sequence",
             )
+        had, longest = self._tokens, max(len(ids) for ids in prompts)
+        with running_on(self.device):
+            self._make_room(longest)
         single = self._single = self._single or self._alone()
+        single._extend(self._room)
         logits = []
         for row, ids in enumerate(prompts):
             states = self._row(row)
             overwrite(single.states, states)
+            single._tokens = had
             logits.append(single.prefill(ids[None]).clone())
             overwrite(states, single.states)
         return torch.cat(logits)
@@ -93,7 +105,27 @@ class Session:
 
     def reset(self) -> None:
         """Start afresh: all states become zero."""
+        self._tokens = 0
         clear(self.states)
+
+    def _use(self, states: States) -> None:
+        """Take buffers for the states; what was recorded on others is gone."""
+        self.states = states
+        self._recordings.clear()
+        self._recorder = Recorder(states, self.device) if self._capture else None
+
+    def _make_room(self, tokens: int) -> None:
+        """Let every sequence have room for so many more tokens than any has had."""
+        self._tokens += tokens
+        if self._tokens > self._room:
+            self._extend(max(self._tokens, 2 * self._room))
+
+    def _extend(self, room: int) -> None:
+        """Give caches room for so many tokens, if they have less."""
+        if room > self._room and any(spec.is_open for spec in self._specs):
+            with running_on(self.device):
+                self._use(extended_states(self._specs, self.states, room))
+        self._room = max(room, self._room)
 
     def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[0] != self.batch:

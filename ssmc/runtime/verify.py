@@ -64,7 +64,8 @@ def verify(model: CompiledModel, *inputs: Tensor) -> list[Comparison]:
     found: list[Comparison] = []
     with running_on(model.device):
         inputs = tuple(x.to(model.device) for x in inputs)
-        states = fresh_states(model.graph.states, len(inputs[0]), model.device)
+        room = model.graph.tokens(inputs)
+        states = fresh_states(model.graph.states, len(inputs[0]), model.device, room)
         for form, part in _parts(model, inputs):
             checker = _Checker(model.graph, model.form(form))
             model.graph.watch(checker.remember, *part, states=states)

@@ -54,14 +54,30 @@ def language_model(kind: str, width: int = WIDTH, **options: Any) -> nn.Module:
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": width, "state_size": 8}
     common |= {"num_hidden_layers": 2}
     torch.manual_seed(0)
-    if kind == "mamba":
-        model: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(**(common | options)))
+    if kind == "llama":
+        attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+        del common["state_size"]
+        model: nn.Module = hf.LlamaForCausalLM(hf.LlamaConfig(**(common | attention | options)))
+    elif kind == "jamba":
+        model = hf.JambaForCausalLM(hf.JambaConfig(**(_jamba(common) | options)))
+    elif kind == "mamba":
+        model = hf.MambaForCausalLM(hf.MambaConfig(**(common | options)))
     else:
         heads = {"num_heads": width // 4, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
         model = hf.Mamba2ForCausalLM(hf.Mamba2Config(**(common | heads | options)))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def _jamba(common: dict[str, Any]) -> dict[str, Any]:
+    """A mixer with an MLP, then attention with experts."""
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1}
+    layers |= {"expert_layer_period": 2, "expert_layer_offset": 1}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    shared = {key: common[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    return shared | layers | sizes | experts | {"mamba_d_state": 8, "mamba_dt_rank": 4}
 
 
 @functools.cache

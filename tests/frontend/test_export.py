@@ -12,7 +12,7 @@ from ssmc.frontend.export import export_program
 from .models import SHAPES, build, error, tokens
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "mamba2-groups"])
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2-groups", "llama", "jamba"])
 def test_both_front_ends_give_the_same_logits(architecture: str) -> None:
     model = build(architecture)
     graph = trace(model)
@@ -22,7 +22,7 @@ def test_both_front_ends_give_the_same_logits(architecture: str) -> None:
     for batch, length in SHAPES:
         ids = tokens(batch, length)
         with torch.no_grad():
-            expected, new = module(ids, *fresh_states(states, batch).values())
+            expected, new = module(ids, *fresh_states(states, batch, room=length).values())
         actual, new_states = graph(ids)
         assert error(actual, expected) < 1e-5
         for mine, theirs in zip(new_states.values(), new, strict=True):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,5 +52,6 @@ def test_greedy_tokens_of_the_demo_model() -> None:
     assert len(generated.unique()) > NEW  # text, not one token over and over
 
 
-def test_greedy_tokens_of_a_trained_mamba2(shared_model: Callable[[str], Path]) -> None:
-    check(load_model(str(shared_model("mamba2-6m"))), count=3)
+@pytest.mark.parametrize("name", ["mamba2-6m", "llama-6m", "jamba-11m"])
+def test_greedy_tokens_of_trained_models(name: str, shared_model: Callable[[str], Path]) -> None:
+    check(load_model(str(shared_model(name))), count=3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmc import ops
 from ssmc.core import dialect
 from ssmc.core.graph import Graph
-from ssmc.core.state import StateSpec
+from ssmc.core.state import States, StateSpec
 from ssmc.errors import UnsupportedError, UsageError
 from ssmc.frontend import register_adapter, trace
 
@@ -251,13 +251,17 @@ def test_wrong_example_inputs(module: nn.Module, inputs: Any, message: str) -> N
 def test_language_model_without_mixers_is_refused() -> None:
     import transformers as hf
 
-    config = hf.LlamaConfig(
-        vocab_size=31, hidden_size=32, intermediate_size=16, num_hidden_layers=1
+    config = hf.GPTNeoXConfig(
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
     )
     with pytest.raises(
-        UnsupportedError, match=r"in_proj.*found in 'model.layers.0' a LlamaDecoder"
+        UnsupportedError, match=r"in_proj.*q_proj.*found in 'gpt_neox.layers.0' a GPTNeoXLayer"
     ):
-        trace(hf.LlamaForCausalLM(config))
+        trace(hf.GPTNeoXForCausalLM(config))
 
 
 def test_mixer_with_further_tensors_is_not_taken_for_one() -> None:
@@ -283,3 +287,51 @@ def test_backbone_alone_from_example_inputs() -> None:
     ids = tokens(2, 11)
     assert len(graph.states) == 6
     assert error(graph(ids)[0], run(module, ids)) < 1e-5
+
+
+class Averages(nn.Module):
+    """Gives the mean of all inputs so far, from a cache of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def averages(module: Averages, state: States, x: Tensor) -> Tensor:
+    keys, position = x.unsqueeze(2), state["position"]
+    state["rows"] = ops.cache_append(state["rows"], keys, position)
+    return ops.attention(keys * 0, state["rows"], state["rows"], position).flatten(2)
+
+
+def test_own_cache() -> None:
+    shapes = {"position": (), "rows": (-1, 1, 6)}
+    remove = register_adapter(lambda m: isinstance(m, Averages), averages, lambda m: shapes)
+    try:
+        graph = trace(Averages(), torch.zeros(2, 5, 6))
+    finally:
+        remove()
+    x, outputs, states = torch.randn(3, 9, 6), [], None
+    for part in x.split([4, 1, 4], 1):
+        y, states = graph(part, states=states)
+        outputs.append(y)
+    expected = x.cumsum(1) / torch.arange(1, 10)[:, None]
+    assert error(torch.cat(outputs, 1), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shapes", "inputs", "kind", "message"),
+    [
+        ({"rows": (-1, 1, 6)}, (2, 5, 6), UsageError, "no adapter names 'position'"),
+        ({"rows": (-1, 1, 6), "position": ()}, (2,), UnsupportedError, "no input .batch, length"),
+    ],
+)
+def test_caches_that_cannot_be_counted(
+    shapes: Any, inputs: tuple[int, ...], kind: type[Exception], message: str
+) -> None:
+    remove = register_adapter(
+        lambda m: isinstance(m, Averages), lambda m, s, x: x, lambda m: shapes
+    )
+    try:
+        with pytest.raises(kind, match=message):
+            trace(Averages(), torch.zeros(inputs))
+    finally:
+        remove()

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from ssmc.core import dialect
 from ssmc.core.graph import BATCH, LENGTH, Graph
-from ssmc.core.state import StateSpec
+from ssmc.core.state import OPEN, StateSpec, fresh_states
+from ssmc.errors import UsageError
 from ssmc.frontend import load_model, trace
 
 from .models import ARCHITECTURES, SHAPES, build, error, logits, tokens
@@ -46,7 +47,7 @@ def test_prefill_in_parts_equals_the_whole(pair: tuple[nn.Module, Graph], parts:
     assert error(torch.cat(outputs, dim=1), logits(model, ids)) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["mamba-5m", "mamba2-6m"])
+@pytest.mark.parametrize("name", ["mamba-5m", "mamba2-6m", "llama-6m", "jamba-11m"])
 def test_trained_models_agree(name: str, shared_model: Callable[[str], Path]) -> None:
     model = load_model(str(shared_model(name)))
     graph = trace(model.module)
@@ -60,7 +61,8 @@ def test_graph_holds_the_dialect_only(pair: tuple[nn.Module, Graph]) -> None:
     assert {n.op for n in graph.nodes} == {"placeholder", "get_attr", "call_function", "output"}
     assert all(dialect.is_legal(n.target) for n in graph.nodes if n.op == "call_function")
     names = {dialect.target_name(n.target) for n in graph.nodes if n.op == "call_function"}
-    assert not names & {"squeeze", "transpose", "to_dtype", "size"}  # nothing but the model
+    assert not names & {"squeeze", "transpose", "to_dtype"}  # nothing but the model
+    assert len(graph.calls("size")) == ("position" in {spec.name for spec in graph.states})
 
 
 def test_module_is_left_as_it_was() -> None:
@@ -106,6 +108,49 @@ def test_states_of_mamba2() -> None:
     assert states[-2:] == (StateSpec("l2_conv", (3, 96)), StateSpec("l2_ssm", (6, 8, 12)))
 
 
+def test_states_of_attention() -> None:
+    graph = trace(build("llama"))
+    row = (OPEN, 2, 6)
+    assert graph.states[:3] == (
+        StateSpec("position", (), torch.int64),
+        StateSpec("l0_k", row),
+        StateSpec("l0_v", row),
+    )
+    assert len(graph.states) == 7
+    assert [n.name for n in graph.new_states[:3]] == ["position_next", "l0_k_next", "l0_v_next"]
+    _, states = graph(tokens(2, 5))
+    assert states["position"].tolist() == [5, 5]
+    assert states["l2_v"].shape == (2, 5, 2, 6)
+
+
+def test_caches_make_room_for_what_comes() -> None:
+    graph = trace(build("llama"))
+    ids = tokens(1, 12)
+    rooms, states = [], None
+    for token in ids.split(1, 1):
+        _, states = graph(token, states=states)
+        rooms.append(states["l0_k"].shape[1])
+    assert rooms == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16]
+    _, whole = graph(ids)
+    assert error(states["l0_k"][:, :12], whole["l0_k"]) < TOLERANCE
+    assert not states["l0_k"][:, 12:].any()
+    with pytest.raises(UsageError, match="a cache of 12 tokens has no room for 13"):
+        graph.run(ids[:, :1], states=whole)
+
+
+def test_sequences_of_different_lengths_go_on_together() -> None:
+    model = build("llama")
+    graph = trace(model)
+    ids = tokens(2, 12)
+    fresh = fresh_states(graph.states, 1, room=12)
+    parts = [graph.run(part, states=fresh)[1] for part in (ids[:1, :5], ids[1:, :8])]
+    states = {name: torch.cat([part[name] for part in parts]) for name in fresh}
+    following = torch.stack([ids[0, 5:9], ids[1, 8:12]])
+    actual = graph(following, states=states)[0]
+    assert error(actual[0], logits(model, ids[:1, :9])[0, 5:]) < TOLERANCE
+    assert error(actual[1], logits(model, ids[1:])[0, 8:]) < TOLERANCE
+
+
 def test_parameters_keep_their_names_and_share_memory() -> None:
     model = build("mamba")
     named = dict(model.named_parameters())
@@ -128,9 +173,10 @@ def test_untied_head_has_its_own_weight() -> None:
     assert graph.node("lm_head").args[1].target == "lm_head.weight"
 
 
-def test_sixteen_bit_model_is_traced_in_float32() -> None:
-    model = build("mamba2")
-    exact = build("mamba2").bfloat16().float()
+@pytest.mark.parametrize("architecture", ["mamba2", "llama"])
+def test_sixteen_bit_model_is_traced_in_float32(architecture: str) -> None:
+    model = build(architecture)
+    exact = build(architecture).bfloat16().float()
     graph = trace(model.bfloat16())
     assert {t.dtype for t in graph.params().values()} == {torch.float32}
     ids = tokens(2, 9)

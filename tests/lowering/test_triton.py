@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from tiny import compile_tiny
 
 import ssmc
 from ssmc import ops
-from ssmc.lowering import BACKENDS, Backend, lower
+from ssmc.lowering import BACKENDS, Backend, Form, lower
 from ssmc.lowering.backends import triton as backend
 from ssmc.runtime import CompiledModel
 from ssmc.runtime.verify import verify
 
 from .rules import RULES, calls
 
+WITHOUT_KERNELS = {"int8_attention", "int8_expert_linear"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOWER = """
 import sys
@@ -55,10 +57,11 @@ def test_without_triton_or_a_gpu_it_is_a_device_error(before: str, message: str,
     assert hint in advice
 
 
-def test_every_int8_and_fused_operator_has_a_kernel_of_its_signature() -> None:
+def test_int8_and_fused_operators_have_kernels_of_their_signatures() -> None:
     pytest.importorskip("triton")
     kernels = BACKENDS["triton"].load()
     wanted = {n for n in ops.__all__ if n.startswith("int8_") or n.endswith(("_step", "_quantize"))}
+    wanted -= WITHOUT_KERNELS
     assert {f"ssmc::{name}" for name in wanted} <= set(kernels)
     for name in wanted:
         expected = inspect.signature(getattr(ops, name)).parameters
@@ -67,6 +70,18 @@ def test_every_int8_and_fused_operator_has_a_kernel_of_its_signature() -> None:
         assert [(p.name, p.default) for p in positional] == [
             (p.name, p.default) for p in expected.values()
         ], name
+
+
+@pytest.mark.parametrize("form", ["sequence", "last", "step"])
+def test_attention_and_experts_run_as_plain_torch(form: Form) -> None:
+    model = compile_tiny("jamba", "hadamard,percentile,quantise,kv-cache")
+    lowered = lower(model.graph, Backend("none", rules=RULES.rules, complete=True), form)
+    plain = "plain torch: there is no kernel for ssmc::"
+    reasons = Counter(entry["reason"].removeprefix(plain) for entry in lowered.kept)
+    assert {name: reasons[name] for name in WITHOUT_KERNELS} == {
+        "int8_attention": 1,
+        "int8_expert_linear": 4,
+    }
 
 
 def test_tolerances_are_of_operators_that_have_kernels() -> None:

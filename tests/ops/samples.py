@@ -46,6 +46,8 @@ def samples() -> list[tuple[str, Sample]]:
         ("dequantize", (_int8(2, 5, 12), scale)),
         *_scans(),
         *_states(),
+        *_attentions(),
+        *_experts(x),
         *_int8_samples(x, weight, bias, taps),
         *_int4_samples(x, weight, bias),
         *_fused_samples(x, weight, bias, gamma, scale),
@@ -77,6 +79,34 @@ def _states() -> list[tuple[str, Sample]]:
         ("dequantize_state", (*pair, "decoupled")),
         ("dequantize_state", (*quantize_state(h, 8, "group", 4), "group")),
         ("dequantize_state", (*quantize_state(h[:, 0], 8, "tensor", 4), "tensor")),
+    ]
+
+
+def _attentions() -> list[tuple[str, Sample]]:
+    q, k, v = torch.randn(2, 5, 6, 8), torch.randn(2, 9, 3, 8), torch.randn(2, 9, 3, 7)
+    position = torch.tensor([4, 1])
+    return [
+        ("rotary_embedding", (q, torch.rand(4), position)),
+        ("rotary_embedding", (q, torch.rand(3), position, 0.7)),
+        ("cache_append", (k, torch.randn(2, 5, 3, 8), position)),
+        ("cache_append", (k[:, :, 0, 0], torch.randn(2, 1), position)),
+        ("attention", (q, k, v, position)),
+        ("attention", (q[:, :1], k, v, position, 0.3)),
+        ("int8_attention", (q, *quantize_dynamic(k), *quantize_dynamic(v), position)),
+    ]
+
+
+def _experts(x: Tensor) -> list[tuple[str, Sample]]:
+    weight, index = torch.randn(4, 7, 12), torch.randint(4, (2, 5, 3))
+    each = torch.randn(2, 5, 3, 12)
+    w_q, w_scale = (t.unflatten(0, (4, 7)) for t in quantize_weight(weight.flatten(0, 1)))
+    return [
+        ("top_k", (x, 3)),
+        ("expert_linear", (x, weight, index)),
+        ("expert_linear", (each, weight, index, True)),
+        ("int8_expert_linear", (*quantize_dynamic(x), w_q, w_scale, index)),
+        ("int8_expert_linear", (*quantize_dynamic(each), w_q, torch.tensor(0.01), index)),
+        ("dequantize_groups", (torch.randint(256, (4, 7, 6)).byte(), torch.rand(4, 7, 2))),
     ]
 
 

@@ -15,7 +15,7 @@ class Counter:
         self.form, self.fails, self.calls = form, fails, 0
         self.states = (StateSpec("sum", (1,)), StateSpec("last", (1,), torch.int8))
 
-    def __call__(self, ids: torch.Tensor, states: States) -> tuple[torch.Tensor, States]:
+    def run(self, ids: torch.Tensor, states: States) -> tuple[torch.Tensor, States]:
         self.calls += 1
         if self.fails:
             ids.sum().item()

@@ -9,7 +9,8 @@ import torch
 from frontend.models import tokens
 from tiny import compile_tiny
 
-from ssmc.core import Graph, States
+from ssmc.core import Graph, States, StateSpec
+from ssmc.core.state import OPEN, POSITION
 from ssmc.errors import DeviceError
 from ssmc.lowering import Form
 from ssmc.runtime import CompiledModel
@@ -126,14 +127,14 @@ def test_what_cannot_be_recorded_runs_as_it_is(form: Form) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, error: Exception, first: int) -> None:
     """Let the calls of a counter fail, from the one with this number on."""
-    run = Counter.__call__
+    run = Counter.run
 
     def spoilt(self: Counter, ids: torch.Tensor, states: States) -> tuple[torch.Tensor, States]:
         if self.calls >= first:
             raise error
         return run(self, ids, states)
 
-    monkeypatch.setattr(Counter, "__call__", spoilt)
+    monkeypatch.setattr(Counter, "run", spoilt)
 
 
 def test_memory_that_runs_out_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +150,28 @@ def test_an_error_of_the_call_itself_is_not_one_of_recording(
     spoil(monkeypatch, RuntimeError("wrong shapes"), 0)
     with pytest.raises(RuntimeError, match="wrong shapes"):
         counting()[0].step(torch.ones(2, 1, dtype=torch.int64))
+
+
+class Diary:
+    """Keeps every token in a cache; its logits are the sum of those kept."""
+
+    states = (StateSpec(POSITION, (), torch.int64), StateSpec("rows", (OPEN,), torch.int64))
+
+    def run(self, ids: torch.Tensor, states: States) -> tuple[torch.Tensor, States]:
+        positions = states[POSITION].unsqueeze(1) + torch.arange(ids.shape[1])
+        rows = states["rows"].index_put((torch.arange(len(ids)).unsqueeze(1), positions), ids)
+        new = {POSITION: states[POSITION] + ids.shape[1], "rows": rows}
+        return rows.sum(1)[:, None, None], new
+
+
+def test_calls_are_recorded_anew_when_caches_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmc.runtime.session.FIRST_ROOM", 32)
+    session = Session(lambda form: Diary(), 2, CPU, capture=True)  # type: ignore[arg-type, return-value]
+    whole = torch.zeros(2, 0, dtype=torch.int64)
+    for length, recorded in ((16, [16]), (1, [1, 16]), (16, [16]), (1, [1, 16]), (1, [1, 16])):
+        ids = tokens(2, length)
+        whole = torch.cat([whole, ids], 1)
+        assert torch.equal(session.prefill(ids), whole.sum(1, keepdim=True))
+        assert sorted(session._recordings) == recorded
+        assert torch.equal(session.states["rows"][:, : whole.shape[1]], whole)
+    assert session.states["rows"].shape[1] == 64

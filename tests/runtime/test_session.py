@@ -155,7 +155,7 @@ def test_memory_that_runs_out_is_an_error_of_the_device(compiled: CompiledModel)
         )
 
     class Full(Graph):
-        __call__ = exhausted
+        run = exhausted
 
     full = Full.__new__(Full)
     full.__dict__.update(compiled.lowered.graph.__dict__)
@@ -212,3 +212,37 @@ def test_a_device_that_is_missing(tiny_artefact: Path) -> None:
         ssmc.load(tiny_artefact, device="cuda:97")
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
         ssmc.load(tiny_artefact, device="gpu")
+
+
+def test_caches_get_more_room_when_a_session_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmc.runtime.session.FIRST_ROOM", 8)
+    compiled = compile_tiny("llama")
+    session, (ids,) = compiled.session(2), (tokens(2, 30),)
+    rooms, states, logits = [], None, []
+    for part in ids.split([5, 1, 3, 1, 7, 1, 12], 1):
+        whole, states = compiled(part, states=states)
+        assert torch.equal(session.prefill(part), whole[:, -1])
+        rooms.append(session.states["l0_k"].shape[1])
+        logits.append(whole)
+    assert rooms == [8, 8, 16, 16, 32, 32, 32]
+    session.reset()
+    assert not any(state.any() for state in session.states.values())
+    assert torch.equal(session.prefill(ids[:, :5]), logits[0][:, -1])
+    assert session.states["l0_k"].shape[1] == 32
+
+
+def test_prompts_of_any_lengths_into_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssmc.runtime.session.FIRST_ROOM", 8)
+    compiled = compile_tiny("jamba")
+    session, alone = compiled.session(3), [compiled.session() for _ in range(3)]
+    for lengths in ((5, 1, 3), (2, 9, 1), (20, 1, 4)):
+        prompts = [tokens(length) for length in lengths]
+        logits = session.prefill_each(prompts)
+        expected = [a.prefill(ids[None]) for a, ids in zip(alone, prompts, strict=True)]
+        assert torch.equal(logits, torch.cat(expected))
+    assert session.states["position"].tolist() == [27, 11, 8]
+    assert session.states["l2_k"].shape[1] == 34  # for what all calls together could need
+    following = tokens(3, 1)
+    found = session.step(following)
+    expected = [a.step(ids[None]) for a, ids in zip(alone, following, strict=True)]
+    assert torch.allclose(found, torch.cat(expected), rtol=1e-4, atol=1e-4)

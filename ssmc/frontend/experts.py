@@ -1,0 +1,80 @@
+"""Mixtures of experts, matched by structure and by what they compute, written with operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmc import ops
+from ssmc.frontend.probes import agree, draws, probe, probe_as
+
+_LENGTH, _INNER = 7, 4  # of probes, whose experts are as narrow as that
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether `module` sums the experts, gated MLPs all, that its router chooses for a token.
+
+    Fedus et al., 'Switch transformers', section 2.1, with all experts' weights in two tensors.
+    """
+    return _agrees(module, mixture)
+
+
+def mixture(module: Any, hidden_states: Tensor) -> Tensor:
+    """The likeliest experts for each token of [B, L, d], times their probabilities, summed."""
+    return _sum(module, hidden_states, *_chosen(module, hidden_states))
+
+
+def is_even_mixture(module: nn.Module) -> bool:
+    """The same, where the weights of a token's experts sum to one."""
+    return _agrees(module, even_mixture)
+
+
+def even_mixture(module: Any, hidden_states: Tensor) -> Tensor:
+    """The likeliest experts for each token, times their shares of the probabilities, summed."""
+    weights, index = _chosen(module, hidden_states)
+    return _sum(module, hidden_states, weights / weights.sum(-1, keepdim=True), index)
+
+
+def _chosen(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    router, _ = _parts(module)
+    return ops.top_k(F.softmax(ops.linear(x, router.weight), dim=-1), router.top_k)
+
+
+def _sum(module: Any, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    _, experts = _parts(module)
+    gate, up = ops.expert_linear(x, experts.gate_up_proj, index).chunk(2, -1)
+    y = ops.expert_linear(F.silu(gate) * up, experts.down_proj, index)
+    return (y * weights.unsqueeze(-1)).sum(2)
+
+
+def _agrees(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether `module` computes what `forward` does."""
+    router, experts = _parts(module)
+    if router is None:
+        return False
+    draw, (count, width) = draws(), router.weight.shape
+    narrow = {
+        id(router.weight): (count, width),
+        id(experts.gate_up_proj): (count, 2 * _INNER, width),
+        id(experts.down_proj): (count, width, _INNER),
+    }
+    weights = {name: draw(*narrow[id(value)]) for name, value in module.named_parameters()}
+    x = draw(1, _LENGTH, width)
+    found = probe(module, weights, x)
+    return found is not None and agree(found, probe_as(forward, module, weights, x))
+
+
+def _parts(module: nn.Module) -> tuple[Any, Any]:
+    """The router and the experts, where `module` is made of these alone; else None for both."""
+    children = list(module.children())
+    routers = [c for c in children if set(_tensors(c)) == {"weight"} and hasattr(c, "top_k")]
+    experts = [c for c in children if set(_tensors(c)) == {"gate_up_proj", "down_proj"}]
+    whole = len(children) == 2 and len(_tensors(module)) == 3
+    return (routers[0], experts[0]) if whole and routers and experts else (None, None)
+
+
+def _tensors(module: nn.Module) -> list[str]:
+    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]

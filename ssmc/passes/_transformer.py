@@ -1,0 +1,133 @@
+"""Where attention, gated MLPs and mixtures of experts are in a graph, found by following values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ssmc.core import Graph, is_call
+from ssmc.core.dialect import operands
+from ssmc.passes.ssm_sites import readers, source
+
+LINEARS = ("ssmc::linear", "ssmc::expert_linear")
+"""Products with a weight [N, K], or [E, N, K] of stacked experts."""
+ATTENTIONS = ("ssmc::attention", "ssmc::int8_attention")
+_ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
+_SCORES = ("softmax", "sigmoid")
+_THROUGH = ("ssmc::rotary_embedding", "ssmc::rms_norm")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A call of attention and the linear layers around it; None where there is no such layer."""
+
+    call: fx.Node
+    q_proj: fx.Node | None
+    k_proj: fx.Node | None
+    v_proj: fx.Node | None
+    o_proj: fx.Node | None
+
+    def parts(self) -> dict[str, fx.Node]:
+        """The calls by role."""
+        named = {name: getattr(self, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return {"attention": self.call} | {n: node for n, node in named.items() if node is not None}
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down_proj(act(gate_proj(x)) * up_proj(x)): the product, its factors, the layers around it.
+
+    Shazeer, 'GLU variants improve Transformer', eq. 6. Where one layer gives both factors, it is
+    gate_proj and up_proj.
+    """
+
+    product: fx.Node
+    gate: fx.Node
+    up: fx.Node
+    gate_proj: fx.Node
+    up_proj: fx.Node
+    down_proj: fx.Node
+
+    def parts(self) -> dict[str, fx.Node]:
+        """The linear layers by role."""
+        if self.gate_proj is self.up_proj:
+            return {"gate_up_proj": self.up_proj, "down_proj": self.down_proj}
+        names = ("gate_proj", "up_proj", "down_proj")
+        return {name: getattr(self, name) for name in names}
+
+
+def is_scaling(node: fx.Node) -> bool:
+    """Whether a call multiplies by a number, which every linear map commutes with."""
+    return is_call(node, "mul", "truediv") and isinstance(node.args[1], int | float)
+
+
+def computed_by(value: fx.Node) -> fx.Node:
+    """The call that computes `value`, seen through views, casts, rotations and numbers."""
+    found = source(value)
+    while is_scaling(found):
+        found = source(found.all_input_nodes[0])
+    return found
+
+
+def read_by(value: fx.Node) -> list[fx.Node]:
+    """The calls that read `value`, or a multiple of it by a number."""
+    return [n for user in value.users for n in (read_by(user) if is_scaling(user) else [user])]
+
+
+def roles(g: Graph) -> dict[fx.Node, str]:
+    """The roles of calls of attention, of gated MLPs and experts, and of their routers."""
+    parts = [found.parts() for found in attentions(g)] + [mlp.parts() for mlp in gated_mlps(g)]
+    named = {node: role for named in parts for role, node in named.items()}
+    return named | dict.fromkeys(_routers(g), "router")
+
+
+def _routers(g: Graph) -> list[fx.Node]:
+    """The linear layers whose outputs choose experts."""
+    scores = [source(operands(n)["x"]) for n in g.calls("ssmc::top_k")]
+    logits = [source(s.args[0]) if is_call(s, *_SCORES) else s for s in scores]  # type: ignore[arg-type]
+    return [n for n in logits if is_call(n, "ssmc::linear")]
+
+
+def attentions(g: Graph) -> list[Attention]:
+    """Every call of attention."""
+    return [_attention(n) for n in g.nodes if is_call(n, *ATTENTIONS)]
+
+
+def _attention(call: fx.Node) -> Attention:
+    given = operands(call)
+    q, k, v = (_projection(given[name]) for name in ("q", "k", "v"))
+    behind = (n for n in readers(call) if is_call(n, "ssmc::linear"))
+    return Attention(call, q, k, v, next(behind, None))
+
+
+def _projection(value: fx.Node) -> fx.Node | None:
+    """The linear layer whose output an operand of attention is, or what its cache appends."""
+    while not is_call(value, "ssmc::linear"):
+        found = computed_by(value)
+        if is_call(found, "ssmc::cache_append", *_THROUGH):
+            found = operands(found)["x"]
+        if found is value:
+            return None
+        value = found
+    return value
+
+
+def gated_mlps(g: Graph) -> list[GatedMlp]:
+    """Every product of an activated linear layer and another, that a third reads."""
+    found = (gated_mlp(n) for n in g.calls("mul"))
+    return [mlp for mlp in found if mlp is not None]
+
+
+def gated_mlp(product: fx.Node) -> GatedMlp | None:
+    """The MLP of a product, if it is one's."""
+    down = next((n for n in readers(product) if is_call(n, *LINEARS)), None)
+    factors = [n for n in product.args if isinstance(n, fx.Node)]
+    if down is None or len(factors) != 2:
+        return None
+    for gate, up in (factors, factors[::-1]):
+        if is_call(gate, *_ACTIVATIONS):
+            layers = computed_by(gate.all_input_nodes[0]), computed_by(up)
+            if all(is_call(layer, *LINEARS) for layer in layers):
+                return GatedMlp(product, gate, up, *layers, down)
+    return None
