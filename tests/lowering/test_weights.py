@@ -9,6 +9,7 @@ from tiny import compile_tiny
 
 from ssmc.core.pipeline import relative_error
 from ssmc.lowering import lower
+from ssmc.passes.gptq import Gptq
 from ssmc.runtime import CompiledModel
 from ssmc.runtime.verify import verify
 
@@ -89,6 +90,4 @@ def test_an_artefact_with_gptq_is_what_was_compiled(tmp_path: object) -> None:
     loaded = ssmc.load(str(compiled.save(f"{tmp_path}/out")), device="cpu")
     ids = tokens(2, 9)
     assert torch.equal(loaded(ids)[0], compiled(ids)[0])
-    assert loaded.about["recipe"]["passes"][-1] == {
-        "gptq": {"act_order": False, "damping": 0.01, "x_proj": True, "head": False}
-    }
+    assert loaded.about["recipe"]["passes"][-1] == {"gptq": Gptq(x_proj=True).options()}
