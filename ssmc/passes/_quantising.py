@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -15,19 +16,32 @@ from ssmc.passes.ssm_sites import Site
 from ssmc.quant.formats import columns_packed
 from ssmc.quant.weights import Range, WeightFormat
 
-if TYPE_CHECKING:
-    from ssmc.passes.quantise import Quantise
-
 GROUP = 128
 """Columns that share a scale where an override asks for few bits and no group is given."""
 SMALL = ("x_proj", "dt_proj", "router", "head")
 """Roles that few bits hurt most for what they save, so that only `scope=all` gives them these."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """What `quantise` says of all operators; it explains each."""
+
+    granularity: Literal["free", "tensor", "token"] = "free"
+    embedding: bool = True
+    head: bool = True
+    margin: float = 1.3
+    weights: int = 8
+    activations: int = 8
+    group: int | None = None
+    range: Range = "absmax"
+    scope: Literal["inout", "all"] = "inout"
+    weight_scale: Literal["row", "tensor"] | None = None
+
+
 class Quantising:
     """One run over `g`, by the options of the pass and the overrides that decide for operators."""
 
-    def __init__(self, options: Quantise, g: Graph, chosen: dict[fx.Node, Override]) -> None:
+    def __init__(self, options: Options, g: Graph, chosen: dict[fx.Node, Override]) -> None:
         self.options, self.g, self.chosen = options, g, chosen
         self.free = options.granularity == "free"
         self.per_tensor = (options.weight_scale or options.granularity) == "tensor"

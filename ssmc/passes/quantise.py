@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.errors import UsageError
 from ssmc.passes._formats import Bits, Overrides, choose, read_override
-from ssmc.passes._quantising import Quantising
+from ssmc.passes._quantising import Options, Quantising
 from ssmc.quant.formats import columns_packed
-from ssmc.quant.weights import Range
 
 
 @register
 @dataclass(frozen=True)
-class Quantise(Pass):
+class Quantise(Options, Pass):
     """W8A8: every linear layer, the convolution, the scan's operands, embedding and head.
 
     Replaces:  linear(x, W)
@@ -61,16 +59,6 @@ class Quantise(Pass):
     stage = "quantise"
     needs = ("ssm-sites", "linears", "fold-norm", "fold-a-log", "absmax")
     exact_to = None
-    granularity: Literal["free", "tensor", "token"] = "free"
-    embedding: bool = True
-    head: bool = True
-    margin: float = 1.3
-    weights: int = 8
-    activations: int = 8
-    group: int | None = None
-    range: Range = "absmax"
-    scope: Literal["inout", "all"] = "inout"
-    weight_scale: Literal["row", "tensor"] | None = None
     overrides: Overrides = ()
 
     def __post_init__(self) -> None:
