@@ -13,7 +13,7 @@ from torch import fx, nn
 import ssmc
 from ssmc.core import Context, Graph, Pass, Record, run_passes
 from ssmc.core.graph import LENGTH
-from ssmc.core.numerics import block_numerics, operator_numerics
+from ssmc.core.numerics import block_numerics, first_result, operator_numerics
 from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
 from ssmc.core.report import Report
@@ -277,12 +277,8 @@ def _report(
 def _metrics(compiled: CompiledModel, reference: Graph, context: Context) -> dict[str, Any]:
     if context.probe is None:
         return {}
-    expected, value = (_first(g(*context.probe)[0]) for g in (reference, compiled.graph))
+    expected, value = (first_result(g(*context.probe)[0]) for g in (reference, compiled.graph))
     agreement = (expected.argmax(-1) == value.argmax(-1)).double().mean().item()
     error = relative_error(value, expected)
     ratio = signal_to_noise(value, expected) if error else None
     return {"probe_signal_to_noise_db": ratio, "probe_top1_agreement": agreement}
-
-
-def _first(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result

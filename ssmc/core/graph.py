@@ -256,10 +256,7 @@ class Graph:
 
     def tokens(self, inputs: Sequence[torch.Tensor]) -> int:
         """How many tokens a sequence has in a call with these inputs; 0 where none has a length."""
-        for name, value in zip(self.inputs, inputs, strict=True):
-            if LENGTH in self.node(name).meta["val"].shape[1:2]:
-                return value.shape[1]
-        return 0
+        return length_of(inputs, [self.node(name).meta["val"] for name in self.inputs]) or 0
 
 
 class _Watcher(fx.Interpreter):
@@ -288,6 +285,12 @@ def infer(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def length_of(inputs: Sequence[Any], marked: Iterable[torch.Tensor]) -> Any:
+    """The length of the first of `inputs` whose meta tensor has one; None where none has."""
+    pairs = zip(inputs, marked, strict=True)
+    return next((given.shape[1] for given, meta in pairs if LENGTH in meta.shape[1:2]), None)
 
 
 def meta_state(spec: StateSpec, batch: int = BATCH) -> torch.Tensor:

@@ -46,7 +46,7 @@ def compare_values(g: Graph, reference: Graph, names: set[str], inputs: Inputs) 
 
 def _tensors_only(seen: Callable[[fx.Node, Any], None]) -> Callable[[fx.Node, Any], None]:
     def first(node: fx.Node, value: Any) -> None:
-        value = _first(value)
+        value = first_result(value)
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             seen(node, value)
 
@@ -94,7 +94,7 @@ def operator_numerics(
     rows = []
     for name, address in operators.items():
         alone = _alone(g, g.node(name), exact, given)
-        ratio = signal_to_noise(_first(alone), _first(exact[name]))
+        ratio = signal_to_noise(first_result(alone), first_result(exact[name]))
         own = ratio if math.isfinite(ratio) else EQUAL
         rows.append({"operator": address, "own": own, "output": found[name]})
     return sorted(rows, key=lambda row: row["own"])
@@ -114,7 +114,8 @@ def _alone(g: Graph, node: fx.Node, exact: Mapping[str, Any], given: Mapping[str
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _first(value: Any) -> torch.Tensor:
+def first_result(value: Any) -> torch.Tensor:
+    """The first of several results, or the only one."""
     first: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return first
 

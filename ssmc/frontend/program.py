@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ssmc.core.graph import BATCH, LENGTH
+from ssmc.core.graph import BATCH, LENGTH, length_of
 from ssmc.core.state import POSITION, StateSpec
 from ssmc.errors import UnsupportedError, UsageError
 from ssmc.frontend import huggingface
@@ -48,13 +48,13 @@ class Program:
 
     def _tokens(self, inputs: tuple[Any, ...]) -> Any:
         """How many tokens a sequence has in a call."""
-        for given, marked in zip(inputs, self.inputs.values(), strict=True):
-            if LENGTH in marked.shape[1:2]:
-                return given.shape[1]
-        raise UnsupportedError(
-            "a module with attention has no input [batch, length, ...]",
-            hint="its caches hold a row for each token",
-        )
+        length = length_of(inputs, self.inputs.values())
+        if length is None:
+            raise UnsupportedError(
+                "a module with attention has no input [batch, length, ...]",
+                hint="its caches hold a row for each token",
+            )
+        return length
 
 
 def program(module: nn.Module, example_inputs: Sequence[Tensor] | Tensor | None) -> Program:

@@ -11,7 +11,6 @@ import torch
 from core.tiny import WIDTH, apply, error, graph, logits, values
 from frontend.models import tokens
 from tiny import compile_tiny
-from torch import Tensor
 
 import ssmc
 from ssmc.core import Graph, is_call
@@ -20,21 +19,16 @@ from ssmc.evaluate import perplexity
 from ssmc.frontend import load_model, trace
 from ssmc.ops import dequantize_groups
 from ssmc.passes.smooth import factors
-from ssmc.quant.rotation import hadamard_matrix, largest_block
 from ssmc.runtime import CompiledModel
 from ssmc.runtime.verify import verify
 
 from .quantised import form
+from .rotation import rotation
 
 FindPath = Callable[[str], Path]
 EXPERTS = "model.layers.1.feed_forward.experts"
 INNER = 48
 EVERYTHING = "hadamard{residual=true},smooth,percentile,quantise,kv-cache"
-
-
-def _rotation(width: int) -> Tensor:
-    block = largest_block(width)
-    return torch.block_diag(*[hadamard_matrix(block) / block**0.5] * (width // block))
 
 
 def test_roles() -> None:
@@ -67,8 +61,8 @@ def test_rotations() -> None:
     record = apply(g, "hadamard{residual=true}")["hadamard"]
     assert len(g.calls("ssmc::hadamard")) == 4  # out_proj, o_proj, and two down_proj
     assert len(record.matched) == 5
-    after, h = g.params(), _rotation(WIDTH)
-    down = h @ params[f"{EXPERTS}.down_proj"] @ _rotation(INNER).T
+    after, h = g.params(), rotation(WIDTH)
+    down = h @ params[f"{EXPERTS}.down_proj"] @ rotation(INNER).T
     assert error(after[f"{EXPERTS}.down_proj"], down) < 1e-6
     gamma = params["model.layers.1.pre_ff_layernorm.weight"]
     both = params[f"{EXPERTS}.gate_up_proj"] * gamma @ h.T

@@ -12,17 +12,11 @@ from ssmc.core import Graph
 from ssmc.core.dialect import operands
 from ssmc.errors import PassError, UsageError
 from ssmc.frontend import trace
-from ssmc.quant.rotation import hadamard_matrix
 
 from .quantised import input_error
+from .rotation import rotation
 
 INNER = 2 * WIDTH
-
-
-def _rotation(block: int, width: int) -> Tensor:
-    """The orthogonal matrix of a block-diagonal rotation, [width, width]."""
-    h = hadamard_matrix(block) / block**0.5
-    return torch.block_diag(*[h] * (width // block))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -38,7 +32,7 @@ def test_scan_output(kind: str, option: str, block: int) -> None:
         (reader,) = call.users
         assert reader.meta["owner"] == name
         # y W' is (H y) (W H')' for the orthogonal H
-        turned = params[f"{name}.weight"] @ _rotation(block, INNER).T
+        turned = params[f"{name}.weight"] @ rotation(INNER, block).T
         assert error(g.params()[f"{name}.weight"], turned) < 1e-6
     assert set(record.diff.params) == {f"backbone.layers.{i}.mixer.out_proj.weight" for i in (0, 1)}
     assert (len(record.matched), record.skipped) == (2, [])
@@ -75,7 +69,7 @@ def test_residual_stream(kind: str, passes: str) -> None:
     g = graph(kind)
     expected, params = logits(g), g.params()
     record = apply(g, passes)["hadamard"]
-    after, h = g.params(), _rotation(WIDTH, WIDTH)
+    after, h = g.params(), rotation(WIDTH, WIDTH)
     embedding = params["backbone.embeddings.weight"]
     head = params.get("lm_head.weight", embedding) * params["backbone.norm_f.weight"]
     assert error(after["backbone.embeddings.weight"], embedding @ h.T) < 1e-6
@@ -85,7 +79,7 @@ def test_residual_stream(kind: str, passes: str) -> None:
         gamma = params[f"{layer}.norm.weight"]
         in_proj = params[f"{layer}.mixer.in_proj.weight"] * gamma
         assert error(after[f"{layer}.mixer.in_proj.weight"], in_proj @ h.T) < 1e-6
-        out_proj = h @ params[f"{layer}.mixer.out_proj.weight"] @ _rotation(INNER, INNER).T
+        out_proj = h @ params[f"{layer}.mixer.out_proj.weight"] @ rotation(INNER, INNER).T
         assert error(after[f"{layer}.mixer.out_proj.weight"], out_proj) < 1e-6
     assert all(operands(n)["weight"] is None for n in g.calls("ssmc::rms_norm"))
     assert error(logits(g), expected) < 3e-6
@@ -100,7 +94,7 @@ def test_residual_stream_with_biases() -> None:
     before = g.params()["backbone.layers.1.mixer.out_proj.bias"]
     apply(g, "hadamard{residual=true}")
     after = g.params()["backbone.layers.1.mixer.out_proj.bias"]
-    assert error(after, _rotation(WIDTH, WIDTH) @ before) < 1e-6
+    assert error(after, rotation(WIDTH, WIDTH) @ before) < 1e-6
     assert error(logits(g), expected) < 3e-6
 
 

@@ -21,19 +21,14 @@ from ssmc.evaluate import perplexity
 from ssmc.frontend import load_model, trace
 from ssmc.passes._transformer import attentions, gated_mlps
 from ssmc.passes.smooth import factors
-from ssmc.quant.rotation import hadamard_matrix, largest_block
 
 from .quantised import form
+from .rotation import rotation
 
 FindPath = Callable[[str], Path]
 LAYER = "model.layers.1"
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INNER = 48
-
-
-def _rotation(width: int) -> Tensor:
-    block = largest_block(width)
-    return torch.block_diag(*[hadamard_matrix(block) / block**0.5] * (width // block))
 
 
 def test_roles() -> None:
@@ -108,7 +103,7 @@ def test_rotations() -> None:
         "down_proj",
     }
     for name, width in ((f"{LAYER}.self_attn.o_proj", WIDTH), (f"{LAYER}.mlp.down_proj", INNER)):
-        turned = params[f"{name}.weight"] @ _rotation(width).T
+        turned = params[f"{name}.weight"] @ rotation(width).T
         assert error(g.params()[f"{name}.weight"], turned) < 1e-6
     assert len(record.diff.params) == 4
     assert error(logits(g), expected) < 2e-6
@@ -119,11 +114,11 @@ def test_residual_stream(biases: bool) -> None:
     g = graph("llama", attention_bias=biases, mlp_bias=biases)
     expected, params = logits(g), g.params()
     apply(g, "hadamard{residual=true}")
-    after, h = g.params(), _rotation(WIDTH)
+    after, h = g.params(), rotation(WIDTH)
     gamma = params[f"{LAYER}.input_layernorm.weight"]
     k_proj = params[f"{LAYER}.self_attn.k_proj.weight"] * gamma
     assert error(after[f"{LAYER}.self_attn.k_proj.weight"], k_proj @ h.T) < 1e-6
-    down = h @ params[f"{LAYER}.mlp.down_proj.weight"] @ _rotation(INNER).T
+    down = h @ params[f"{LAYER}.mlp.down_proj.weight"] @ rotation(INNER).T
     assert error(after[f"{LAYER}.mlp.down_proj.weight"], down) < 1e-6
     assert all(operands(n)["weight"] is None for n in g.calls("ssmc::rms_norm"))
     assert error(logits(g), expected) < 3e-6
