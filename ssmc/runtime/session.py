@@ -93,8 +93,13 @@ class Session:
         return torch.cat(logits)
 
     def _alone(self) -> Session:
-        capture, piece = self._recorder is not None, self.prefill_piece
-        return Session(self._programs, 1, self.device, capture=capture, prefill_piece=piece)
+        return Session(
+            self._programs,
+            1,
+            self.device,
+            capture=self._capture,
+            prefill_piece=self.prefill_piece,
+        )
 
     def _row(self, row: int) -> States:
         return {name: state[row : row + 1] for name, state in self.states.items()}
