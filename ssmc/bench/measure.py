@@ -110,6 +110,7 @@ class _Memory:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Count what the context leaves behind, the pools of CUDA graphs too."""
+        gc.collect()  # what others left behind would come off the count
         before = self._reserved()
         yield
         self.kept += self._reserved() - before

@@ -176,6 +176,15 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Call:
     return Call("cat", (list(tensors), dim))
 
 
+@rewrites(F.pad)
+def _pad(x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Call:
+    if mode != "constant":
+        raise UnsupportedError(
+            f"padding with mode '{mode}'", hint="zeros, or a number, can be padded"
+        )
+    return Call("pad", (x, tuple(pad)), {} if value in (None, 0) else {"value": value})
+
+
 @rewrites(torch.stack)
 def _stack(tensors: Sequence[Any], dim: int = 0) -> Call:
     return Call("stack", (list(tensors), dim))
@@ -239,8 +248,7 @@ def _embedding(ids: Any, weight: Any, padding_idx: int | None = None, *options: 
 
 @rewrites(F.rms_norm, torch.rms_norm)
 def _rms_norm(x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: Any = None) -> Call:
-    if len(normalized_shape) != 1:
-        raise UnsupportedError("a norm over more than the last dimension")
+    _check_normalized(normalized_shape)
     return Call("ssmc::rms_norm", (x, weight, torch.finfo(x.dtype).eps if eps is None else eps))
 
 
@@ -248,7 +256,13 @@ def _rms_norm(x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: 
 def _layer_norm(
     x: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Call:
-    return Call("layer_norm", (x, tuple(normalized_shape), weight, bias, eps))
+    _check_normalized(normalized_shape)
+    return Call("ssmc::layer_norm", (x, weight, bias, eps))
+
+
+def _check_normalized(shape: Sequence[int]) -> None:
+    if len(shape) != 1:
+        raise UnsupportedError("a norm over more than the last dimension")
 
 
 @rewrites(F.silu)

@@ -26,7 +26,7 @@ from ssmc.ops.int8 import (
     int8_ssd_scan,
 )
 from ssmc.ops.linear import embedding, linear
-from ssmc.ops.norm import rms_norm, rms_norm_gated
+from ssmc.ops.norm import layer_norm, rms_norm, rms_norm_gated
 from ssmc.ops.quantize import dequantize, dequantize_groups, quantize, quantize_dynamic
 from ssmc.ops.selective_scan import selective_scan
 from ssmc.ops.ssd_scan import ssd_scan
@@ -66,6 +66,7 @@ __all__ = [
     "int8_selective_scan",
     "int8_ssd_scan",
     "int8_ssd_scan_state",
+    "layer_norm",
     "linear",
     "norm_linear_step",
     "quantize",

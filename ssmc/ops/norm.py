@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, plain and gated."""
+"""Layer normalisation, and that by the root mean square, plain and gated."""
 
 from __future__ import annotations
 
@@ -28,6 +28,27 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     expect_shape("rms_norm", "weight", weight, x.shape[-1:])
     y = _normalise(x, eps)
     return y if weight is None else y * weight
+
+
+def _layer_norm_fake(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    expect_shape("layer_norm", "weight", weight, x.shape[-1:])
+    expect_shape("layer_norm", "bias", bias, x.shape[-1:])
+    return torch.empty_like(x)
+
+
+@operator(_layer_norm_fake)
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; x [..., D], weight, bias [D].
+
+    Ba et al., 'Layer Normalization', eq. 4.
+    """
+    expect_shape("layer_norm", "weight", weight, x.shape[-1:])
+    expect_shape("layer_norm", "bias", bias, x.shape[-1:])
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _check_gated(x: Tensor, gate: Tensor | None, weight: Tensor, group_size: int | None) -> None:

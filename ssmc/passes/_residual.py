@@ -11,6 +11,7 @@ from ssmc.core.dialect import operands
 from ssmc.errors import PassError
 from ssmc.passes._transformer import LINEARS, is_scaling, read_by
 from ssmc.passes.fold_norm import fold_norm
+from ssmc.passes.linears import PLAIN_NORMS
 
 _HINT = "leave residual=true out for this model"
 
@@ -24,6 +25,7 @@ class ResidualStream:
     readers: list[fx.Node] = field(default_factory=list)
     writers: list[fx.Node] = field(default_factory=list)
     biases: list[fx.Node] = field(default_factory=list)
+    norms: list[fx.Node] = field(default_factory=list)
 
     @classmethod
     def find(cls, g: Graph) -> ResidualStream:
@@ -41,6 +43,8 @@ class ResidualStream:
         for value in [n for n in g.nodes if n in stream.values]:
             for user in list(value.users):
                 stream._meet(g, value, user)
+        if any(is_call(norm, "ssmc::layer_norm") for norm in stream.norms):
+            stream._centre(g)
         return stream
 
     def _carries(self, node: fx.Node) -> bool:
@@ -50,7 +54,7 @@ class ResidualStream:
     def _meet(self, g: Graph, value: fx.Node, user: fx.Node) -> None:
         if user in self.values:
             self._write(user)
-        elif is_call(user, "ssmc::rms_norm"):
+        elif is_call(user, *PLAIN_NORMS):
             self._read(g, user)
         else:
             raise PassError(f"{user.name} reads the residual stream without a norm", hint=_HINT)
@@ -70,12 +74,34 @@ class ResidualStream:
             if not is_call(user, *LINEARS):
                 raise PassError(f"{user.name}, no linear layer, reads {norm.name}", hint=_HINT)
             untie(g, user)
-        if operands(norm)["weight"] is not None:
+        if any(operands(norm).get(name) is not None for name in ("weight", "bias")):
             folded = fold_norm(g, norm)
             g.replace(norm, folded)
             norm = folded
+        self.norms.append(norm)
         for user in read_by(norm):
             self._note(self.readers, operands(user)["weight"])
+
+    def _centre(self, g: Graph) -> None:
+        """Let the stream have no mean, so that a LayerNorm is an RMSNorm.
+
+        What writes it gives values without their mean (SliceGPT, Ashkboos et al. 2024, section
+        3.2); an RMSNorm in the original would have seen the mean.
+        """
+        for norm in self.norms:
+            if not is_call(norm, "ssmc::layer_norm"):
+                raise PassError(f"{norm.name}, an RMSNorm, reads what LayerNorms read", hint=_HINT)
+        for value, dim in (
+            (self.embedding, -1),
+            *((weight, -2) for weight in self.writers),
+            *((bias, -1) for bias in self.biases),
+        ):
+            tensor = g.param(value)
+            g.set_param(value, tensor - tensor.mean(dim, keepdim=True))
+        for norm in self.norms:
+            x, _, _, eps = operands(norm).values()
+            with g.before(norm):
+                g.replace(norm, g.call("ssmc::rms_norm", x, None, eps, like=norm))
 
     @staticmethod
     def _note(weights: list[fx.Node], weight: fx.Node) -> None:

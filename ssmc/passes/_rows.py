@@ -13,8 +13,8 @@ from ssmc.core.dialect import operands
 from ssmc.passes._calibration import channels
 
 _CHANNELWISE = (
-    "ssmc::causal_conv1d", "ssmc::hadamard", "ssmc::rms_norm", "ssmc::rms_norm_gated",
-    "flatten", "getitem", "reshape", "to_dtype", "unflatten",
+    "ssmc::causal_conv1d", "ssmc::hadamard", "ssmc::layer_norm", "ssmc::rms_norm",
+    "ssmc::rms_norm_gated", "flatten", "getitem", "reshape", "to_dtype", "unflatten",
 )  # fmt: skip
 """Calls whose result has the channels of their first operand."""
 

@@ -10,9 +10,7 @@ from torch import Tensor, fx
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.passes._rows import rows_behind
-from ssmc.passes.ssm_sites import SCANS, Site
-
-_NORMS = ("ssmc::rms_norm", "ssmc::rms_norm_gated")
+from ssmc.passes.ssm_sites import NORMS, SCANS, Site
 
 
 def selective_params(
@@ -45,7 +43,7 @@ def _upstream(calls: Sequence[fx.Node], sites: Sequence[Site]) -> list[fx.Node]:
         if node in calls and node not in seen:
             seen.add(node)
             left += node.all_input_nodes
-    return [n for n in calls if n in seen or is_call(n, *_NORMS)]
+    return [n for n in calls if n in seen or is_call(n, *NORMS)]
 
 
 def _params(node: fx.Node) -> list[fx.Node]:

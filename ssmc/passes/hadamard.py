@@ -47,7 +47,9 @@ class Hadamard(Pass):
         for call, projection in ends:
             if projection is None:
                 g.skip(call, "its output reaches no linear layer")
-            else:
+        # The scans of two directions end in one projection.
+        for projection in dict.fromkeys(projection for _, projection in ends):
+            if projection is not None:
                 self._rotate_input(g, describe(projection))
         if self.residual:
             self._rotate_residual(g)

@@ -11,6 +11,8 @@ from ssmc.core.dialect import operands
 from ssmc.passes._transformer import LINEARS, computed_by, roles
 from ssmc.passes.ssm_sites import source
 
+PLAIN_NORMS = ("ssmc::layer_norm", "ssmc::rms_norm")
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -56,8 +58,11 @@ class Linears(Pass):
 
     def run(self, g: Graph, context: Context) -> None:
         """List the calls of linear whose weight is a parameter."""
-        for node in [*g.calls("ssmc::embedding"), *g.calls("ssmc::rms_norm")]:
-            node.meta["role"] = "embedding" if is_call(node, "ssmc::embedding") else "norm"
+        for node in g.nodes:
+            if is_call(node, *PLAIN_NORMS):
+                node.meta["role"] = "norm"
+            elif is_call(node, "ssmc::embedding"):
+                node.meta["role"] = "embedding"
         for node, role in roles(g).items():
             node.meta["role"] = role
         calls = [n for n in g.nodes if is_call(n, *LINEARS)]
@@ -75,6 +80,4 @@ def describe(node: fx.Node) -> Linear:
     """A call of linear, with what feeds it."""
     args = operands(node)
     norm = source(args["x"])
-    return Linear(
-        node, args["x"], args["weight"], norm if is_call(norm, "ssmc::rms_norm") else None
-    )
+    return Linear(node, args["x"], args["weight"], norm if is_call(norm, *PLAIN_NORMS) else None)

@@ -13,7 +13,7 @@ from ssmc.errors import UsageError
 from ssmc.passes._calibration import observe
 from ssmc.passes._transformer import LINEARS, gated_mlp
 from ssmc.passes.linears import Linear
-from ssmc.passes.ssm_sites import source
+from ssmc.passes.ssm_sites import NORMS, source
 from ssmc.quant.observers import Absmax
 
 
@@ -98,19 +98,28 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
         return
     gamma = operands(x)["weight"]
     value = (1 if gamma is None else g.param(gamma)) / s
-    if gamma is not None and len(gamma.users) == 1:
-        g.set_param(gamma, value)
+    _set(g, x, "weight", value)
+    bias = operands(x).get("bias")
+    if bias is not None:
+        _set(g, x, "bias", g.param(bias) / s)
+
+
+def _set(g: Graph, x: fx.Node, name: str, value: torch.Tensor) -> None:
+    """Give a norm a parameter, its own where it had one that another shares."""
+    param = operands(x)[name]
+    if param is not None and len(param.users) == 1:
+        g.set_param(param, value)
     else:
-        weight = g.new_param(f"{x.meta['owner']}.weight", value)
-        x.args = tuple((operands(x) | {"weight": weight}).values())
+        own = g.new_param(f"{x.meta['owner']}.{name}", value)
+        x.args = tuple((operands(x) | {name: own}).values())
 
 
 def _has_weight(x: fx.Node) -> bool:
-    """Whether `x` is a norm whose weight can be set: a parameter, or none so far."""
-    if not is_call(x, "ssmc::rms_norm", "ssmc::rms_norm_gated"):
+    """Whether `x` is a norm whose weight and bias can be set: parameters, or none so far."""
+    if not is_call(x, *NORMS):
         return False
-    gamma = operands(x)["weight"]
-    return gamma is None or gamma.op == "get_attr"
+    given = (operands(x).get(name) for name in ("weight", "bias"))
+    return all(param is None or param.op == "get_attr" for param in given)
 
 
 def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:

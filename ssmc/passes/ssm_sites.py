@@ -10,9 +10,9 @@ from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 
 SCANS = ("ssmc::selective_scan", "ssmc::ssd_scan")
-_VIEWS = ("getitem", "split", "flatten", "unflatten", "reshape", "to_dtype")
+NORMS = ("ssmc::layer_norm", "ssmc::rms_norm", "ssmc::rms_norm_gated")
+_VIEWS = ("getitem", "split", "flatten", "unflatten", "reshape", "to_dtype", "flip", "pad")
 _CASTS = ("ssmc::quantize", "ssmc::quantize_dynamic", "ssmc::dequantize", "ssmc::hadamard")
-_NORMS = ("ssmc::rms_norm", "ssmc::rms_norm_gated")
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def source(value: fx.Node) -> fx.Node:
 def _normed_source(value: fx.Node) -> fx.Node:
     """The call that computes `value`, seen through a norm as well."""
     found = source(value)
-    return source(operands(found)["x"]) if is_call(found, *_NORMS) else found
+    return source(operands(found)["x"]) if is_call(found, *NORMS) else found
 
 
 def _normed(node: fx.Node) -> list[fx.Node]:
-    return [n for n in readers(node) if is_call(n, *_NORMS)]
+    return [n for n in readers(node) if is_call(n, *NORMS)]
 
 
 def _only(node: fx.Node, name: str) -> fx.Node | None:
@@ -132,9 +132,16 @@ def readers(value: fx.Node) -> list[fx.Node]:
     return found
 
 
+def _summed(found: list[fx.Node]) -> list[fx.Node]:
+    """`found`, and what reads the sums of scans among them: of the two directions, say."""
+    sums = (n for n in found if is_call(n, "add") and len(n.all_input_nodes) == 2)
+    scanned = (n for n in sums if all(is_call(source(x), *SCANS) for x in n.all_input_nodes))
+    return found + [reader for n in scanned for reader in readers(n)]
+
+
 def _down(scan: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     output = next((n for n in scan.users if is_call(n, "getitem") and n.args[1] == 0), scan)
-    found = readers(output)
+    found = _summed(readers(output))
     gate_norm = next((n for n in found if is_call(n, "ssmc::rms_norm_gated")), None)
     if gate_norm is not None:
         found = readers(gate_norm)

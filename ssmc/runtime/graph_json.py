@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ssmc.core import Graph, StateSpec
+from ssmc.core import Graph, StateSpec, is_call
 from ssmc.core.dialect import resolve, target_name
 from ssmc.core.graph import infer, meta_state, put_tensor
 from ssmc.errors import ArtefactError, SsmcError
@@ -55,9 +56,18 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     return {
         "name": node.name,
         "target": target_name(node.target),
-        "args": _encode(node.args),
+        "args": [_encode_index(a) if is_call(node, "getitem") else _encode(a) for a in node.args],
         "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
     } | {key: node.meta[key] for key in _META if node.meta.get(key) is not None}
+
+
+def _encode_index(value: Any) -> Any:
+    """As `_encode`, with slices, and tuples that stay tuples: a list of places is another index."""
+    if isinstance(value, tuple):
+        return {"index": [_encode_index(v) for v in value]}
+    if isinstance(value, slice):
+        return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
+    return {"ellipsis": True} if value is Ellipsis else _encode(value)
 
 
 def _encode(value: Any) -> Any:
@@ -125,8 +135,15 @@ class _Reader:
         if not isinstance(value, dict):
             return value
         kind, inside = next(iter(value.items()))
-        readers = {"node": self.known.__getitem__, "tensor": self.params.__getitem__,
-                   "dtype": dtype_from, "float": float}  # fmt: skip
+        readers: dict[str, Callable[[Any], Any]] = {
+            "node": self.known.__getitem__,
+            "tensor": self.params.__getitem__,
+            "dtype": dtype_from,
+            "float": float,
+            "index": lambda parts: tuple(self.decode(part) for part in parts),
+            "slice": lambda ends: slice(*(self.decode(end) for end in ends)),
+            "ellipsis": lambda _: ...,
+        }
         return readers[kind](inside)
 
 

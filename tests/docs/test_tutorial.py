@@ -1,10 +1,11 @@
-"""The tutorial's Python runs top to bottom, prints what it says, and is the example's text."""
+"""The tutorials' Python runs top to bottom, prints what it says, and is the example's text."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,6 +15,8 @@ from ssmc.core import passes
 from .blocks import ROOT, Block, blocks
 
 TUTORIAL = ROOT / "docs" / "write-your-own-pass.md"
+TUTORIALS = {"write-your-own-pass": 7, "bring-your-own-model": 3}
+"""Pages, and how many of their blocks are output."""
 EXAMPLE = ROOT / "examples" / "round_a_pass"
 ERROR = re.compile(r"\d\.\de[+-]\d\d")  # a measured error: its last digit is the machine's
 
@@ -49,11 +52,17 @@ def check_output(actual: str, block: Block) -> None:
 
 
 @pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("page", TUTORIALS)
 def test_every_block_runs_and_prints_what_is_below_it(
-    namespace: dict, capsys: pytest.CaptureFixture[str]
+    page: str,
+    namespace: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     printed = 0
-    for block in blocks(TUTORIAL):
+    for block in blocks(ROOT / "docs" / f"{page}.md"):
         if block.language == "python":
             assert capsys.readouterr().out == "", f"output of the block before line {block.line}"
             run(block, namespace)
@@ -61,7 +70,7 @@ def test_every_block_runs_and_prints_what_is_below_it(
             check_output(capsys.readouterr().out, block)
             printed += 1
     assert capsys.readouterr().out == ""
-    assert printed >= 7
+    assert printed >= TUTORIALS[page]
 
 
 @pytest.mark.parametrize(

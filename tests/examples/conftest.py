@@ -21,7 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """`example("own_module")`: that file of examples/, imported."""
+    """`example("word_breaks")`: that file of examples/, imported."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 

@@ -28,21 +28,34 @@ def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_own_module_keeps_its_accuracy(
-    example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own_module = example("own_module")
-    result = own_module.compare()
-    assert result.float_accuracy > 0.9
-    assert abs(result.int8_accuracy - result.float_accuracy) < 0.01
-    assert 0 < result.error < 0.1
+@pytest.mark.parametrize("passes", ["hadamard,percentile", "hadamard{residual=true},percentile"])
+def test_word_breaks_keeps_its_accuracy(example: Example, tmp_path: Path, passes: str) -> None:
+    result = example("word_breaks").compare(passes, count=64)
+    assert result.float_accuracy > 0.93  # 0.78 without a break
+    assert abs(result.int8_accuracy / result.float_accuracy - 1) < 0.005
+    assert not torch.equal(result.int8_scores, result.float_scores)
     assert result.compiled.lowered.kept == []
-    assert len(result.compiled.lowered.fused) == 6
-    ids, _ = own_module.sequences(3, 21, seed=5)
+    # Embedding, head, and of two layers: in_proj, conv, out_proj, and two scans with projections.
+    assert len(result.compiled.lowered.fused) == 2 + 2 * (3 + 2 * 3)
+    letters = result.letters[:3, :21]
     again = ssmc.load(result.compiled.save(tmp_path / "out"))
-    assert torch.equal(again(ids)[0], result.compiled(ids)[0])
-    own_module.main()
-    assert f"int8 {result.int8_accuracy:.3f}" in capsys.readouterr().out
+    assert torch.equal(again(letters)[0], result.compiled(letters)[0])
+
+
+def test_word_breaks_prints_what_it_measures(
+    example: Example, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word_breaks = example("word_breaks")
+    result = word_breaks.compare(count=8)
+    monkeypatch.setattr(word_breaks, "compare", lambda: result)
+    word_breaks.main()
+    out = capsys.readouterr().out
+    assert f"int8 {result.int8_accuracy:.4f}" in out
+    text = out.splitlines()[0]
+    read = "".join(letter for letter in text if letter.isalpha())
+    spoken = "".join(word_breaks.LETTERS[i] for i in result.letters[0].tolist())
+    assert spoken.startswith(read)
+    assert text.count(" ") > 20
 
 
 SMALL = ("--samples", "2", "--windows", "2", "--length", "65", "--markdown", "--only")

@@ -30,6 +30,8 @@ def samples() -> list[tuple[str, Sample]]:
         ("linear", (x, weight)),
         ("linear", (x, weight, bias, True)),
         ("embedding", (torch.randint(7, (2, 5)), weight)),
+        ("layer_norm", (x,)),
+        ("layer_norm", (x, gamma, gamma - 1, 1e-6)),
         ("rms_norm", (x,)),
         ("rms_norm", (x, gamma, 1e-6)),
         ("rms_norm_gated", (x, None, gamma)),

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ssmc.errors import UsageError
-from ssmc.ops import rms_norm, rms_norm_gated
+from ssmc.ops import layer_norm, rms_norm, rms_norm_gated
 
 from .closeness import relative_error
 
@@ -18,6 +18,14 @@ def test_rms_norm(width: int) -> None:
     expected = reference(x.double(), 1e-5)
     assert relative_error(rms_norm(x), expected) < 1e-6
     assert relative_error(rms_norm(x, weight), expected * weight) < 1e-6
+
+
+@pytest.mark.parametrize("width", [2, 63, 1000])
+def test_layer_norm_is_rms_norm_of_what_has_no_mean(width: int) -> None:
+    x, weight, bias = torch.randn(2, 3, width) + 5, torch.randn(width), torch.randn(width)
+    expected = reference(x.double() - x.double().mean(-1, keepdim=True), 1e-5)
+    assert relative_error(layer_norm(x), expected) < 1e-5
+    assert relative_error(layer_norm(x, weight, bias), expected * weight + bias) < 1e-5
 
 
 def test_eps_rules_small_rows() -> None:

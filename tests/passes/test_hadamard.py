@@ -8,7 +8,7 @@ from core.tiny import KINDS, WIDTH, apply, context, error, graph, logits, toy_co
 from torch import Tensor, nn
 
 from ssmc import ops
-from ssmc.core import Graph
+from ssmc.core import Context, Graph
 from ssmc.core.dialect import operands
 from ssmc.errors import PassError, UsageError
 from ssmc.frontend import trace
@@ -53,6 +53,42 @@ def test_impossible_block(block: int, message: str) -> None:
         apply(graph("mamba"), f"hadamard{{block={block}}}")
     assert caught.value.exit_code == 2
     assert caught.value.hint or block <= 0
+
+
+class LayerNorms(nn.Module):
+    """A residual stream with a mean, read by LayerNorms with biases, and by others if asked."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 12)
+        self.norms = nn.ModuleList([nn.LayerNorm(12), nn.LayerNorm(12), last])
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 16)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, mean=0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
+        return self.head(self.norm(x))
+
+
+def test_a_residual_stream_that_layer_norms_read() -> None:
+    ids = torch.randint(16, (3, 7))
+    g = trace(LayerNorms(nn.LayerNorm(12)), ids)
+    expected = g(ids)[0]
+    record = apply(g, "hadamard{residual=true}", Context([(ids,)], (ids,)))["hadamard"]
+    assert len(record.matched) == 1
+    assert (len(g.calls("ssmc::layer_norm")), len(g.calls("ssmc::rms_norm"))) == (0, 4)
+    assert error(g(ids)[0], expected) < 1e-5
+
+
+def test_layer_norms_and_rms_norms_do_not_share_a_rotated_stream() -> None:
+    ids = torch.randint(16, (3, 7))
+    g = trace(LayerNorms(nn.RMSNorm(12)), ids)
+    with pytest.raises(PassError, match="an RMSNorm, reads what LayerNorms read"):
+        apply(g, "hadamard{residual=true}", Context([(ids,)], (ids,)))
 
 
 def test_width_without_a_full_order_is_rotated_in_blocks() -> None:

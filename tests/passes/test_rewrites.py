@@ -66,6 +66,41 @@ def test_fold_norm_says_what_it_leaves() -> None:
     assert error(g(x)[0], expected) < 1e-6
 
 
+class LayerNorms(nn.Module):
+    """LayerNorms with biases: two that can be folded, and three that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(5))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=i != 1) for i in range(5))
+        self.layers[4].bias = self.layers[3].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, factor in enumerate((1, 1, 0.5, 1, 1)):
+            y = self.norms[i](x)
+            x = x + self.layers[i](y if factor == 1 else y * factor)
+        return x
+
+
+def test_fold_norm_moves_the_bias_of_a_layer_norm() -> None:
+    module = LayerNorms()
+    g = trace(module, torch.zeros(2, 5, 6))
+    (x,) = toy_context().batches().__next__()
+    expected = g(x)[0]
+    record = apply(g, "fold-norm", toy_context())["fold-norm"]
+    assert len(record.matched) == 2
+    assert [s["reason"].partition(" ")[2] for s in record.skipped] == [
+        "reads a multiple of it or has no bias, so its own bias has no place",
+        *(f"bias of layers_{i} is computed or tied" for i in (3, 4)),
+    ]
+    assert error(g(x)[0], expected) < 1e-6
+    given = module.layers[1].weight @ module.norms[1].bias
+    assert torch.equal(g.params()["layers.1.bias"], given)
+
+
 def test_fold_norm_leaves_a_shared_weight() -> None:
     g = trace(Toy(), torch.zeros(2, 5, 6))
     record = apply(g, "fold-norm", toy_context())["fold-norm"]

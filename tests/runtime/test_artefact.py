@@ -85,6 +85,23 @@ def test_inputs_keep_their_order_and_shared_weights(
     assert torch.equal(loaded(x, mask)[0], compiled(x, mask)[0])
 
 
+class Indexed(torch.nn.Module):
+    """Indices of every kind; [0, 1] as a list would be two rows, as a tuple it is one place."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x[:, 1:], x[..., -1], x[0, 1], x[[0, 1]], x[:, :: x.shape[1] - 1, None], x[1]
+
+
+def test_indices_are_kept(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 6)
+    compiled = ssmc.compile(Indexed(), x, passes="", scheme="none")
+    loaded = ssmc.load(compiled.save(tmp_path / "out"))
+    expected = Indexed()(x)
+    results = loaded(x)[0]
+    assert len(results) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 def test_holds_json_and_safetensors_only(tiny_artefact: Path) -> None:
     assert sorted(p.name for p in tiny_artefact.iterdir()) == sorted(FILES)
     for path in tiny_artefact.glob("*.json"):
