@@ -20,7 +20,7 @@ from ssmc.core.report import Report
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
 from ssmc.device import device_of, find_device, move
 from ssmc.errors import UsageError
-from ssmc.frontend import Model, load_model, trace
+from ssmc.frontend import Model, huggingface, load_model, trace
 from ssmc.lowering import BACKENDS
 from ssmc.overlap import run_hashes, to_text
 from ssmc.passes._formats import operators
@@ -118,7 +118,10 @@ def read_source(
         loaded = load_model(model)
         return _checkpoint_source(loaded, recipe)
     graph = trace(model, example_inputs)
-    about = {"source": {"kind": "module", "name": type(model).__name__}}
+    about = {
+        "source": {"kind": "module", "name": type(model).__name__},
+        "config": huggingface.described(model),
+    }
     batches = _given_batches(calibration, example_inputs)
     return Source(graph, about, batches)
 
@@ -135,6 +138,7 @@ def _checkpoint_source(model: Model, recipe: Recipe) -> Source:
         trace(model.module),
         {
             "source": source,
+            "config": huggingface.described(model.module),
             "calibration": about,
             "eos": model.eos_token_id,
             "chat": read_chat_template(model.folder),

@@ -14,6 +14,7 @@ from ssmc.cli import (
     bench,
     chat,
     doctor,
+    export,
     generate,
     inspect,
     lm_eval,
@@ -48,6 +49,7 @@ app.command("inspect")(inspect.run)
 app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.run)
+app.command("export")(export.run)
 app.command("generate")(generate.run)
 app.command("chat")(chat.run)
 app.command("verify")(verify.run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -157,6 +158,19 @@ def is_causal_lm(module: nn.Module) -> bool:
     if "transformers" not in sys.modules:
         return False
     return isinstance(module, library().PreTrainedModel) and module.can_generate()
+
+
+def described(module: nn.Module) -> dict[str, Any] | None:
+    """The configuration of a language model of transformers as JSON data; None for other modules.
+
+    Read back by `config`, it gives the architecture again.
+    """
+    if not is_causal_lm(module):
+        return None
+    values: dict[str, Any] = json.loads(module.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "dtype"):
+        values.pop(name, None)
+    return values | {"architectures": [type(module).__name__]}
 
 
 def logits(module: nn.Module, input_ids: Any) -> Any:

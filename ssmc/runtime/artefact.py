@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ SCHEMA = 1
 MAIN, GRAPH, TENSORS, REPORT, TOKENIZER = (
     "ssmc.json", "graph.json", "model.safetensors", "report.json", "tokenizer.json",
 )  # fmt: skip
+FILES = (MAIN, GRAPH, TENSORS, REPORT, TOKENIZER)
 
 
 @dataclass
@@ -60,24 +61,35 @@ def write_artefact(artefact: Artefact, out: str | Path, *, force: bool = False) 
     Raises UsageError where `out` exists and is not empty (with `force`: and is no artefact), or
     cannot be written.
     """
-    out = Path(out)
-    check_output(out, force=force)
+    with whole_folder(Path(out), force=force) as folder:
+        write_files(artefact, folder)
+    return Path(out)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, *, force: bool, extra: Collection[str] = ()) -> Iterator[Path]:
+    """A folder to write an artefact's files and `extra` ones into, which then becomes `out`.
+
+    Whatever interrupts that leaves what was there. Raises UsageError as `write_artefact` does.
+    """
+    check_output(out, force=force, extra=extra)
     target = out.resolve()  # where `out` is a link, what it points to is replaced
     with _disk_errors(out), _temporary_folder(target) as folder:
-        _write_files(artefact, folder)
+        yield folder
+        for path in [*folder.iterdir(), folder]:
+            _sync(path)
         _move_into_place(folder, target)
-    return out
 
 
-def check_output(out: Path, *, force: bool) -> None:
-    """Raise UsageError unless an artefact may be written to `out`."""
+def check_output(out: Path, *, force: bool, extra: Collection[str] = ()) -> None:
+    """Raise UsageError unless an artefact, with files `extra`, may be written to `out`."""
     hint = "name another output folder"
     _check_place(out, hint)
     if not out.exists() or not any(out.iterdir()):
         return
     if not is_artefact(out):
         raise UsageError(f"{out} is not empty and no artefact", hint=hint)
-    foreign = sorted({p.name for p in out.iterdir()} - {MAIN, GRAPH, TENSORS, REPORT, TOKENIZER})
+    foreign = sorted({p.name for p in out.iterdir()} - {*FILES, *extra})
     if foreign:
         raise UsageError(f"{out} holds '{foreign[0]}', which is no part of an artefact", hint=hint)
     if not force:
@@ -131,9 +143,10 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _write_files(artefact: Artefact, folder: Path) -> None:
-    _write_json(folder / GRAPH, graph_to_json(artefact.graph))
-    _write_json(folder / REPORT, artefact.report)
+def write_files(artefact: Artefact, folder: Path) -> None:
+    """Write the files of an artefact into an empty folder."""
+    write_json(folder / GRAPH, graph_to_json(artefact.graph))
+    write_json(folder / REPORT, artefact.report)
     tensors = {n: narrowest(t).contiguous() for n, t in sorted(artefact.graph.params().items())}
     save_file(tensors, folder / TENSORS)
     shutil.copymode(folder / GRAPH, folder / TENSORS)  # safetensors makes it private
@@ -144,9 +157,7 @@ def _write_files(artefact: Artefact, folder: Path) -> None:
         "files": {p.name: _entry(p) for p in sorted(folder.iterdir())},
     }
     about["digest"] = _digest(about)
-    _write_json(folder / MAIN, about)
-    for path in [*folder.iterdir(), folder]:
-        _sync(path)
+    write_json(folder / MAIN, about)
 
 
 def narrowest(value: torch.Tensor) -> torch.Tensor:
@@ -156,7 +167,8 @@ def narrowest(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Write data as the artefact's files have it: keys sorted, indented by one."""
     text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 

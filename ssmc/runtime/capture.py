@@ -49,7 +49,7 @@ class Recorder:
         )
         try:
             with scope:
-                logits = advance(program, ids, self.states)
+                logits = advance(program, ids, self.states)[:, -1]
         except RuntimeError as error:
             self._recover()
             raise _explained(error) from error
@@ -87,13 +87,13 @@ class Recording:
 
 
 def advance(program: Graph, ids: Tensor, states: States) -> Tensor:
-    """Logits [batch, vocabulary] behind `ids` [batch, length]; `states` are overwritten.
+    """The logits that a program gives for `ids` [batch, length]; `states` are overwritten.
 
     They have room for the ids.
     """
     logits, new = program.run(ids, states=states)
     overwrite(states, new)
-    return logits[:, -1]
+    return logits
 
 
 def clear(states: States) -> None:

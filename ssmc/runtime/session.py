@@ -73,6 +73,33 @@ class Session:
         What pads a prompt would change its states, so each runs by itself, in a session of one
         sequence (one set of recordings serves all), and its states come back into its row.
         """
+        return torch.cat(self._each(prompts, lambda single, ids: single.prefill(ids).clone()))
+
+    def score(self, ids: Tensor) -> Tensor:
+        """Logits [batch, length, vocabulary] at every one of `ids` [batch, length].
+
+        Otherwise as `prefill`, without recordings.
+        """
+        self._check(ids)
+        with running_on(self.device):
+            self._make_room(ids.shape[1])
+            program = self._programs("sequence")
+            pieces = ids.to(self.device).split(self.prefill_piece, 1)
+            return torch.cat([advance(program, piece, self.states) for piece in pieces], 1)
+
+    def score_each(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """Logits [length, vocabulary] at every one of the ids [length] of each sequence."""
+        return self._each(prompts, lambda single, ids: single.score(ids)[0])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let sequence r go on from what sequence `rows[r]` has had, as beam search wants it."""
+        rows = rows.to(self.device)
+        overwrite(self.states, {name: s.index_select(0, rows) for name, s in self.states.items()})
+
+    def _each(
+        self, prompts: Sequence[Tensor], run: Callable[[Session, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """What `run` gives for each prompt [length], in a session of its sequence alone."""
         if len(prompts) != self.batch:
             raise UsageError(
                 f"{len(prompts)} prompts in a session of {self.batch} sequences",
@@ -83,14 +110,14 @@ class Session:
             self._make_room(longest)
         single = self._single = self._single or self._alone()
         single._extend(self._room)
-        logits = []
+        results = []
         for row, ids in enumerate(prompts):
             states = self._row(row)
             overwrite(single.states, states)
             single._tokens = had
-            logits.append(single.prefill(ids[None]).clone())
+            results.append(run(single, ids[None]))
             overwrite(states, single.states)
-        return torch.cat(logits)
+        return results
 
     def _alone(self) -> Session:
         return Session(
@@ -153,7 +180,7 @@ class Session:
             self._record(form, length)
         if length in self._recordings:
             return self._recordings[length](ids)
-        return advance(self._programs(form), ids, self.states)
+        return advance(self._programs(form), ids, self.states)[:, -1]
 
     def _record(self, form: Form, length: int) -> None:
         assert self._recorder is not None

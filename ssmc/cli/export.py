@@ -1,0 +1,40 @@
+"""`ssmc export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmc.cli import output
+
+
+def run(
+    artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.")],
+    form: Annotated[
+        str, typer.Option("--format", help="hf: a folder that transformers loads.")
+    ] = "hf",
+    out: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write (ARTEFACT-FORMAT).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Write an artefact in the format of another program."""
+    from ssmc.errors import UsageError
+    from ssmc.export import FORMATS, export
+    from ssmc.runtime import is_artefact
+
+    if not is_artefact(artefact):
+        raise UsageError(
+            f"{artefact} is no artefact", hint="give the folder that ssmc compile wrote"
+        )
+    target = out or artefact.with_name(f"{artefact.resolve().name}-{form}")
+    written = export(artefact, target, form, force=force)
+    files = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
+    if as_json:
+        output.say_json({"format": form, "output": str(written), "files": files})
+        return
+    output.say_table(["file", ">bytes"], [(name, f"{size:,}") for name, size in files.items()])
+    output.say(f"\n{written}: for {FORMATS[form].reader}")
