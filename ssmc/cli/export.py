@@ -37,4 +37,4 @@ def run(
         output.say_json({"format": form, "output": str(written), "files": files})
         return
     output.say_table(["file", ">bytes"], [(name, f"{size:,}") for name, size in files.items()])
-    output.say(f"\n{written}: for {FORMATS[form].reader}")
+    output.say(f"\n{'wrote':12} {written}\n{'for':12} {FORMATS[form].reader}")

@@ -12,7 +12,6 @@ from typing import Any
 import ssmc
 from ssmc.errors import UsageError
 from ssmc.runtime import Artefact
-from ssmc.runtime.artefact import FILES as ARTEFACT
 from ssmc.runtime.artefact import whole_folder, write_files, write_json
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = (

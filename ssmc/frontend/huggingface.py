@@ -167,7 +167,8 @@ def described(module: nn.Module) -> dict[str, Any] | None:
     """
     if not is_causal_lm(module):
         return None
-    values: dict[str, Any] = json.loads(module.config.to_json_string(use_diff=False))
+    config: Any = module.config
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "transformers_version", "dtype"):
         values.pop(name, None)
     return values | {"architectures": [type(module).__name__]}

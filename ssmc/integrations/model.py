@@ -82,7 +82,9 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Elements of the tensors, packed ones as they are packed; none is trainable."""
-        return 0 if only_trainable else sum(t.numel() for t in self.compiled.graph.params().values())
+        return (
+            0 if only_trainable else sum(t.numel() for t in self.compiled.graph.params().values())
+        )
 
     def save_pretrained(self, save_directory: str | Path, **given: Any) -> None:
         """Write the folder again, whole or not at all."""
@@ -131,17 +133,19 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values or SessionCache(self.compiled, len(input_ids))
         logits = self._logits(cache, input_ids, attention_mask, logits_to_keep)
         cache.tokens += input_ids.shape[1]
-        loss = None if labels is None else self.loss_function(
-            logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1]
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(
+                logits=logits, labels=labels.to(logits.device), vocab_size=logits.shape[-1]
+            )
         )
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache if kept else None
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def _logits(
-        self, cache: SessionCache, ids: Tensor, mask: Tensor | None, keep: int
-    ) -> Tensor:
+    def _logits(self, cache: SessionCache, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
         rows = None if mask is None else real_tokens(mask[:, -ids.shape[1] :])
         session = cache.session
         if rows is None:

@@ -50,13 +50,18 @@ class SsmcQuantizer(HfQuantizer):
             self.device = str(next(iter(device_map.values())))
         return device_map
 
-    def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, *, checkpoint_files: list[str], **given: Any
+    ) -> None:
         from ssmc.integrations.model import become_compiled
 
+        self.folder = Path(checkpoint_files[0]).parent
+        if not Path(model.config._name_or_path).is_dir():
+            _download(model.config._name_or_path, self.folder)
         become_compiled(model)
 
     def _process_model_after_weight_loading(self, model: Any, **given: Any) -> Any:
-        model.read(_folder(model.config), self.device)
+        model.read(self.folder, self.device)
         return model
 
     def is_serializable(self) -> bool:
@@ -69,15 +74,15 @@ class SsmcQuantizer(HfQuantizer):
         return False
 
 
-def _folder(config: Any) -> Path:
-    """The local folder of a model: itself, or where the Hub's files of it are."""
+def _download(name: str, snapshot: Path) -> None:
+    """Bring the artefact's other files beside the weights, in the Hub's cache of a repository.
+
+    The cache has them as models--OWNER--NAME/snapshots/REVISION.
+    """
     from transformers.utils import cached_file
 
-    from ssmc.export.huggingface import ARTEFACT
+    from ssmc.runtime.artefact import FILES
 
-    name = str(config._name_or_path)
-    if Path(name).is_dir():
-        return Path(name)
-    revision = getattr(config, "_commit_hash", None)
-    files = [cached_file(name, file, revision=revision) for file in ARTEFACT]
-    return Path(str(files[0])).parent
+    for file in FILES:
+        if not (snapshot / file).exists():
+            cached_file(name, file, revision=snapshot.name, cache_dir=snapshot.parents[2])

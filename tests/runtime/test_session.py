@@ -56,6 +56,28 @@ def test_a_prompt_is_one_call(compiled: CompiledModel) -> None:
     assert torch.equal(session.step(following), compiled(following, states=states)[0][:, -1])
 
 
+def test_scores_are_the_logits_of_every_position(compiled: CompiledModel) -> None:
+    ids, following = tokens(2, 9), tokens(2, 4)
+    logits, states = compiled(ids)
+    session = compiled.session(2)
+    assert torch.equal(session.score(ids), logits)
+    assert torch.equal(session.score(following), compiled(following, states=states)[0])
+    prompts = [ids[0, :4], ids[1]]
+    each = compiled.session(2).score_each(prompts)
+    for found, prompt in zip(each, prompts, strict=True):
+        assert torch.equal(found, compiled(prompt[None])[0][0])
+
+
+def test_a_reordered_session_goes_on_from_other_states(compiled: CompiledModel) -> None:
+    ids, following = tokens(3, 9), tokens(3, 1)
+    session, expected = compiled.session(3), compiled.session(3)
+    rows = torch.tensor([2, 0, 0])
+    session.prefill(ids)
+    session.reorder(rows)
+    expected.prefill(ids[rows])
+    assert torch.equal(session.step(following), expected.step(following))
+
+
 def test_a_prompt_in_pieces_is_the_whole(compiled: CompiledModel) -> None:
     ids = tokens(2, 53)
     session = compiled.session(2)
