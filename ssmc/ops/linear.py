@@ -28,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = 
     With `exact`, products accumulate in float64 and round once to float32 before the bias is
     added. Where both operands are int8 times bfloat16-valued scales (one a row) the float64 sum
     has no rounding, so that any order of summation, integers included, gives the same bits.
+    Without it they are the matrix product's, whose order may depend on how many rows x has.
     """
     check_linear("linear", x, weight, bias)
     if not exact:

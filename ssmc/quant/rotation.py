@@ -48,9 +48,9 @@ def check_block(width: int, block: int) -> None:
 def rotate(x: Tensor, block: int) -> Tensor:
     """H x / sqrt(block) for each run of `block` entries of the last dimension of x.
 
-    H = hadamard_matrix(block), as a butterfly for the power of two and a dense product for the
-    Paley factor. Keeps x's shape, type and device. Where block is a power of two, the bits of a
-    row do not depend on the rows beside it. Raises as `check_block`.
+    H = hadamard_matrix(block), as a butterfly for the power of two and a sum in order for the
+    Paley factor. Keeps x's shape, type and device. The bits of a row do not depend on the rows
+    beside it. Raises as `check_block`.
     """
     check_block(x.shape[-1], block)
     rows = x.reshape(-1, block).split(max(1, CACHED_ELEMENTS // block))
@@ -64,8 +64,20 @@ def _rotate_rows(rows: Tensor) -> Tensor:
     columns = rows.T.clone(memory_format=torch.contiguous_format)
     _butterfly(columns.unflatten(0, (base, 2**doublings)))
     if base > 1:
-        columns = (_base_matrix(base).to(rows) @ columns.view(base, -1)).view(n, -1)
+        columns = _signed_sums(_base_matrix(base).to(rows), columns.view(base, -1)).view(n, -1)
     return columns.T * (1 / math.sqrt(n))
+
+
+def _signed_sums(signs: Tensor, x: Tensor) -> Tensor:
+    """signs [m, m], of +-1, times x [m, R], added up in the order of the rows of x.
+
+    A matrix product sums in an order that depends on R; here multiplying is exact, so that only
+    the order of the additions counts, and every column has the same.
+    """
+    total = torch.zeros_like(x)
+    for sign, row in zip(signs.T, x, strict=True):
+        total.addcmul_(sign.unsqueeze(1), row)
+    return total
 
 
 def _butterfly(x: Tensor) -> Tensor:

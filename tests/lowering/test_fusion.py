@@ -6,7 +6,9 @@ import pytest
 import torch
 from frontend.models import tokens
 from tiny import compile_tiny
+from torch import fx
 
+from ssmc.core import Graph, is_call
 from ssmc.core.text import graph_text
 from ssmc.lowering import Form, lower
 from ssmc.runtime import CompiledModel
@@ -59,8 +61,34 @@ def test_the_last_position_has_the_bits_of_the_sequence(compiled: CompiledModel)
         for shape in ((1, 1), (2, 17)):
             ids = tokens(*shape)
             (expected, expected_states), (logits, states) = whole(ids), last(ids)
-            assert torch.equal(logits, expected[:, -1:])
+            bound = reordering(last, whole, ids)
+            assert torch.all((logits - expected[:, -1:]).abs() <= bound)
             assert same_states(states, expected_states)
+
+
+def reordering(last: Graph, whole: Graph, ids: torch.Tensor) -> torch.Tensor:
+    """How far the logits of one position may be from those of the sequence: 0 for integers.
+
+    With weights alone quantised the head is a product of floats, and in which order a BLAS adds
+    up its K terms depends on how many positions there are. Each order is within gamma_K |x| |W|
+    of the exact sum, gamma_K = K u / (1 - K u), u = 2^-24 (Higham, 'Accuracy and stability of
+    numerical algorithms', eq. 3.5), so two are within twice that; x has the same bits in both.
+    """
+    head = last.result
+    if not is_call(head, "ssmc::linear"):
+        return torch.zeros(())
+    x, weight = (watched(last, node, ids) for node in head.args[:2])
+    assert torch.equal(x, watched(whole, head.args[0], ids)[:, -1:])
+    terms = x.shape[-1]
+    gamma = terms * 2**-24 / (1 - terms * 2**-24)
+    return 2 * gamma * (x.double().abs() @ weight.double().abs().T)
+
+
+def watched(g: Graph, node: fx.Node, ids: torch.Tensor) -> torch.Tensor:
+    """What the call named as `node` gives in `g`."""
+    values: dict[str, torch.Tensor] = {}
+    g.watch(lambda seen, value: values.update({seen.name: value}), ids)
+    return values[node.name]
 
 
 def test_steps_give_the_bits_of_the_sequence(compiled: CompiledModel) -> None:

@@ -22,11 +22,13 @@ def test_blocks_are_rotated_each_for_itself(block: int) -> None:
     assert relative_error(hadamard(x, block), torch.cat(parts, dim=-1)) < 1e-6
 
 
-def test_powers_of_two_give_the_same_bits_in_any_batch() -> None:
-    x = torch.randn(700, 3, 512)
-    whole = hadamard(x, 256)
-    assert torch.equal(hadamard(x[431:432, 1], 256), whole[431:432, 1])
-    assert torch.equal(hadamard(x[..., 256:], 256), whole[..., 256:])
+@pytest.mark.parametrize("block", [12, 20, 28, 48, 256, 768])
+def test_a_row_has_the_same_bits_in_any_batch(block: int) -> None:
+    x = torch.randn(700, 3, 2 * block)
+    whole = hadamard(x, block)
+    assert torch.equal(hadamard(x[431:432, 1], block), whole[431:432, 1])
+    assert torch.equal(hadamard(x[17:30], block), whole[17:30])
+    assert torch.equal(hadamard(x[..., block:], block), whole[..., block:])
 
 
 @pytest.mark.parametrize("block", [64, 768])
