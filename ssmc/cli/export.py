@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,7 @@ from ssmc.cli import output
 
 def run(
     artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.")],
-    form: Annotated[
-        str, typer.Option("--format", help="hf: a folder that transformers loads.")
-    ] = "hf",
+    form: Annotated[str, typer.Option("--format", help="hf or compressed-tensors.")] = "hf",
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write (ARTEFACT-FORMAT).")
     ] = None,
@@ -31,10 +30,15 @@ def run(
             f"{artefact} is no artefact", hint="give the folder that ssmc compile wrote"
         )
     target = out or artefact.with_name(f"{artefact.resolve().name}-{form}")
-    written = export(artefact, target, form, force=force)
-    files = {path.name: path.stat().st_size for path in sorted(written.iterdir())}
+    done = export(artefact, target, form, force=force)
+    files = {path.name: path.stat().st_size for path in sorted(done.out.iterdir())}
     if as_json:
-        output.say_json({"format": form, "output": str(written), "files": files})
+        output.say_json(
+            {"format": form, "output": str(done.out), "files": files, "kept": done.kept}
+        )
         return
     output.say_table(["file", ">bytes"], [(name, f"{size:,}") for name, size in files.items()])
-    output.say(f"\n{'wrote':12} {written}\n{'for':12} {FORMATS[form].reader}")
+    output.say("")
+    for reason, count in Counter(done.kept.values()).most_common():
+        output.say(f"{'in 16 bits':12} {count} tensors: {reason}")
+    output.say(f"{'wrote':12} {done.out}\n{'for':12} {FORMATS[form].reader}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,24 @@ class Format:
 
 FORMATS = {
     "hf": Format("transformers, once ssmc is installed", "ssmc.export.huggingface"),
+    "compressed-tensors": Format(
+        "transformers with the package compressed-tensors, and vLLM",
+        "ssmc.export.compressed_tensors",
+    ),
 }
 
 
-def export(artefact: str | Path, out: str | Path, form: str = "hf", *, force: bool = False) -> Path:
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and by tensor what the format could not take as it is, and why."""
+
+    out: Path
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def export(
+    artefact: str | Path, out: str | Path, form: str = "hf", *, force: bool = False
+) -> Exported:
     """Write the artefact in a folder to `out` in a format of FORMATS, whole or not at all.
 
     Raises UsageError for an unknown format, for `out` where it is taken (`force` replaces an
@@ -33,5 +47,6 @@ def export(artefact: str | Path, out: str | Path, form: str = "hf", *, force: bo
 
     if form not in FORMATS:
         raise UsageError(f"there is no format '{form}'", hint=choices(form, FORMATS))
-    found: Any = importlib.import_module(FORMATS[form].module)
-    return Path(found.export(read_artefact(artefact), out, force=force))
+    module: Any = importlib.import_module(FORMATS[form].module)
+    found: Exported = module.export(read_artefact(artefact), Path(out), force=force)
+    return found

@@ -11,34 +11,48 @@ from typing import Any
 
 import ssmc
 from ssmc.errors import UsageError
+from ssmc.export import Exported
 from ssmc.runtime import Artefact
-from ssmc.runtime.artefact import whole_folder, write_files, write_json
+from ssmc.runtime.artefact import FILES, MAIN, Kind, whole_folder, write_files, write_json
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = (
     "config.json", "generation_config.json", "tokenizer_config.json",
 )  # fmt: skip
-EXTRA = (CONFIG, GENERATION, TOKENIZER_CONFIG)
+FOLDER = Kind("artefact", MAIN, (*FILES, CONFIG, GENERATION, TOKENIZER_CONFIG))
 
 
-def export(artefact: Artefact, out: str | Path, *, force: bool = False) -> Path:
+def export(artefact: Artefact, out: Path, *, force: bool = False) -> Exported:
     """Write the artefact, with transformers' files, to the folder `out`, whole or not at all.
 
     Raises UsageError for a model that is not transformers', and where `out` is taken.
     """
-    config = artefact.about.get("config")
+    config = own_config(artefact)
+    with whole_folder(out, FOLDER, force=force) as folder:
+        write_files(artefact, folder)
+        write_settings(artefact, config | {"dtype": "float32"}, _method(), folder)
+    return Exported(out)
+
+
+def write_settings(
+    artefact: Artefact, config: dict[str, Any], method: dict[str, Any], folder: Path
+) -> None:
+    """Write transformers' JSON files: of the model, quantised by `method`, and its tokenizer."""
+    write_json(folder / CONFIG, config | {"quantization_config": method})
+    write_json(folder / GENERATION, _generation(artefact, config))
+    if artefact.tokenizer is not None:
+        write_json(folder / TOKENIZER_CONFIG, _tokenizer(artefact, artefact.tokenizer))
+
+
+def own_config(artefact: Artefact) -> dict[str, Any]:
+    """The config.json of an artefact's model; UsageError where it is none of transformers."""
+    config: dict[str, Any] | None = artefact.about.get("config")
     if config is None:
         name = artefact.about["source"]["name"]
         raise UsageError(
             f"'{name}' is no causal language model of transformers, whose format this is",
-            hint="ssmc.load runs the artefact as it is; compile it again if it is of ssmc 0.1",
+            hint="ssmc.load runs the artefact as it is; one of an earlier ssmc, compile again",
         )
-    with whole_folder(Path(out), force=force, extra=EXTRA) as folder:
-        write_files(artefact, folder)
-        write_json(folder / CONFIG, config | {"dtype": "float32", "quantization_config": _method()})
-        write_json(folder / GENERATION, _generation(artefact, config))
-        if artefact.tokenizer is not None:
-            write_json(folder / TOKENIZER_CONFIG, _tokenizer(artefact, artefact.tokenizer))
-    return Path(out)
+    return config
 
 
 def _method() -> dict[str, Any]:

@@ -90,7 +90,7 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         """Write the folder again, whole or not at all."""
         from ssmc.export.huggingface import export
 
-        export(self.compiled.artefact, save_directory, force=True)
+        export(self.compiled.artefact, Path(save_directory), force=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledForCausalLM:
         """Move to where `fn` moves tensors to; raises TypeError where it changes their dtype."""

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,18 @@ MAIN, GRAPH, TENSORS, REPORT, TOKENIZER = (
     "ssmc.json", "graph.json", "model.safetensors", "report.json", "tokenizer.json",
 )  # fmt: skip
 FILES = (MAIN, GRAPH, TENSORS, REPORT, TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder: what it is called, the file that says it is one, and all it may hold."""
+
+    name: str
+    mark: str
+    files: tuple[str, ...]
+
+
+ARTEFACT = Kind("artefact", MAIN, FILES)
 
 
 @dataclass
@@ -67,12 +79,12 @@ def write_artefact(artefact: Artefact, out: str | Path, *, force: bool = False) 
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path, *, force: bool, extra: Collection[str] = ()) -> Iterator[Path]:
-    """A folder to write an artefact's files and `extra` ones into, which then becomes `out`.
+def whole_folder(out: Path, kind: Kind = ARTEFACT, *, force: bool) -> Iterator[Path]:
+    """An empty folder for the files of a kind, which becomes `out` when they are written.
 
     Whatever interrupts that leaves what was there. Raises UsageError as `write_artefact` does.
     """
-    check_output(out, force=force, extra=extra)
+    check_output(out, kind, force=force)
     target = out.resolve()  # where `out` is a link, what it points to is replaced
     with _disk_errors(out), _temporary_folder(target) as folder:
         yield folder
@@ -81,19 +93,21 @@ def whole_folder(out: Path, *, force: bool, extra: Collection[str] = ()) -> Iter
         _move_into_place(folder, target)
 
 
-def check_output(out: Path, *, force: bool, extra: Collection[str] = ()) -> None:
-    """Raise UsageError unless an artefact, with files `extra`, may be written to `out`."""
+def check_output(out: Path, kind: Kind = ARTEFACT, *, force: bool) -> None:
+    """Raise UsageError unless a folder of a kind may be written to `out`."""
     hint = "name another output folder"
     _check_place(out, hint)
     if not out.exists() or not any(out.iterdir()):
         return
-    if not is_artefact(out):
-        raise UsageError(f"{out} is not empty and no artefact", hint=hint)
-    foreign = sorted({p.name for p in out.iterdir()} - {*FILES, *extra})
+    if not (out / kind.mark).is_file():
+        raise UsageError(f"{out} is not empty and no {kind.name}", hint=hint)
+    foreign = sorted({p.name for p in out.iterdir()} - set(kind.files))
     if foreign:
-        raise UsageError(f"{out} holds '{foreign[0]}', which is no part of an artefact", hint=hint)
+        raise UsageError(
+            f"{out} holds '{foreign[0]}', which is no part of an {kind.name}", hint=hint
+        )
     if not force:
-        raise UsageError(f"{out} already holds an artefact", hint="--force replaces it")
+        raise UsageError(f"{out} already holds an {kind.name}", hint="--force replaces it")
 
 
 def _check_place(out: Path, hint: str) -> None:

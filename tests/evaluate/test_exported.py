@@ -22,7 +22,7 @@ PAIRS = [("In the beginning God created", " the heaven"), ("The old man and", " 
 
 
 def test_an_exported_artefact_scores_as_in_ssmc(demo_folder: Path, tmp_path: Path) -> None:
-    folder = export(demo_folder, tmp_path / "hf")
+    folder = export(demo_folder, tmp_path / "hf").out
     theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=2, max_length=256)
     target = open_target(str(demo_folder), device="cpu")
     assert target.tokenizer is not None

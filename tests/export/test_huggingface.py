@@ -30,7 +30,7 @@ PROMPTS = ["The old man and", "In the beginning God created the heavens and the 
 
 @pytest.fixture(scope="module")
 def folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(demo_folder, tmp_path_factory.mktemp("hf") / "demo")
+    return export(demo_folder, tmp_path_factory.mktemp("hf") / "demo").out
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_the_example_of_the_docs_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (example,) = (b for b in blocks(ROOT / "docs" / "export.md") if b.language == "python")
+    example, _ = (b for b in blocks(ROOT / "docs" / "export.md") if b.language == "python")
     (tmp_path / "demo-hf").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     exec(compile(example.text, example.path, "exec"), {})
@@ -149,7 +149,7 @@ def test_a_hybrid_has_equal_logits_and_tokens(
     source = shared_model("jamba-11m")
     compiled = ssmc.compile(str(source), samples=2, length=64)
     compiled.save(tmp_path / "jamba")
-    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "jamba", tmp_path / "hf"))
+    model = AutoModelForCausalLM.from_pretrained(export(tmp_path / "jamba", tmp_path / "hf").out)
     ids = torch.randint(8000, (2, 12))
     assert torch.equal(model(ids).logits, compiled(ids)[0])
     found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
@@ -242,7 +242,7 @@ def test_a_module_of_ones_own_cannot_be_expressed(tmp_path: Path) -> None:
 
 
 def test_an_export_is_replaced_only_with_force(demo_folder: Path, tmp_path: Path) -> None:
-    out = export(demo_folder, tmp_path / "out")
+    out = export(demo_folder, tmp_path / "out").out
     with pytest.raises(UsageError, match="already holds"):
         export(demo_folder, out)
     export(demo_folder, out, force=True)
