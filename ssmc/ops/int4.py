@@ -20,7 +20,7 @@ def int4_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
     """`linear` of x [..., K], rounded to bfloat16, and a weight of 4 bits; float32 [..., N].
 
     x float32, w_q uint8 [N, K / 2] of groups (`ssmc.quant.formats.pack`), w_scale
-    [N, K / group], bias [N] float32. The products are summed exactly and rounded once.
+    [N, K / group], bias [N] float32. The products are summed in float64 and rounded once.
     """
     _fake(x, w_q, w_scale, bias)
     weight = dequantize_packed(w_q, w_scale)
