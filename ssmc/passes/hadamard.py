@@ -9,8 +9,10 @@ from torch import fx
 
 import ssmc.ops
 from ssmc.core import Context, Graph, Pass, register
+from ssmc.core.dialect import operands
 from ssmc.passes._residual import ResidualStream
-from ssmc.passes._transformer import attentions, gated_mlps
+from ssmc.passes._transformer import Attention, attentions, gated_mlps
+from ssmc.passes._values import ValuePath
 from ssmc.passes.linears import Linear, describe
 from ssmc.quant.rotation import check_block, largest_block
 
@@ -28,7 +30,11 @@ class Hadamard(Pass):
     Ashkboos et al. 2024, arXiv 2404.00456, section 4): its outliers spread over all channels.
     `block`: size of the rotation (default: the largest of known order that divides the width).
     `residual=true` rotates the residual stream as well, offline: embedding, head, and what reads
-    and writes the stream (QuaRot, section 4).
+    and writes the stream (QuaRot, section 4). `values=true` rotates the values of attention, each
+    head for itself and offline, instead of what o_proj reads: the rows of v_proj and, since
+    attention mixes tokens and no channels, the columns of o_proj (QuaRot, section 4, without its
+    online rotation across heads). Caches then hold rotated values. Heads are rotated in the largest
+    blocks of known order that divide them.
     """
 
     name = "hadamard"
@@ -38,11 +44,14 @@ class Hadamard(Pass):
     exact_to = 1e-5
     block: int | None = None
     residual: bool = False
+    values: bool = False
 
     def run(self, g: Graph, context: Context) -> None:
-        """Rotate the input of every last projection, then the residual stream if asked."""
+        """Rotate values if asked, the input of every last projection, then the residual stream."""
         ends = [(site.scan, site.out_proj) for site in g.facts["ssm-sites"]]
-        ends += [(found.call, found.o_proj) for found in attentions(g)]
+        for found in attentions(g):
+            if not (self.values and self._rotate_values(g, found)):
+                ends.append((found.call, found.o_proj))
         ends += [(mlp.product, mlp.down_proj) for mlp in gated_mlps(g)]
         for call, projection in ends:
             if projection is None:
@@ -66,13 +75,30 @@ class Hadamard(Pass):
         rotate(g, linear.weight, block)
         g.match(linear.node)
 
+    def _rotate_values(self, g: Graph, found: Attention) -> bool:
+        """Whether the values of this attention can be rotated, and are."""
+        try:
+            path = ValuePath.of(found)
+        except LookupError as error:
+            g.skip(found.call, f"its values are not rotated: {error.args[0]}")
+            return False
+        block = rotation_block(g, path.width, None)
+        v_proj, o_proj = operands(path.v_proj), operands(path.o_proj)
+        rotate_rows(g, v_proj["weight"], block)
+        if v_proj["bias"] is not None:
+            rotate(g, v_proj["bias"], block)
+        rotate(g, o_proj["weight"], block)
+        g.match(path.v_proj)
+        g.match(path.o_proj)
+        return True
+
     def _rotate_residual(self, g: Graph) -> None:
         stream = ResidualStream.find(g)
         block = rotation_block(g, g.param(stream.embedding).shape[-1], self.block)
         for reader in (stream.embedding, *stream.readers, *stream.biases):
             rotate(g, reader, block)
         for writer in stream.writers:
-            g.set_param(writer, rotated(g.param(writer).mT, block).mT.contiguous())
+            rotate_rows(g, writer, block)
         g.match(next(iter(stream.embedding.users)))
 
 
@@ -84,6 +110,11 @@ def rotated(value: torch.Tensor, block: int) -> torch.Tensor:
 def rotate(g: Graph, param: fx.Node, block: int) -> None:
     """Rotate the last dimension of a parameter."""
     g.set_param(param, rotated(g.param(param), block))
+
+
+def rotate_rows(g: Graph, weight: fx.Node, block: int) -> None:
+    """Rotate what a linear layer gives: the rows of its weight [..., N, K]."""
+    g.set_param(weight, rotated(g.param(weight).mT, block).mT.contiguous())
 
 
 def rotation_block(g: Graph, width: int, asked: int | None) -> int:
