@@ -39,7 +39,7 @@ class Graph:
         self.module = fx.GraphModule(root, graph, class_name="Graph")
         self.inputs = tuple(inputs)
         self.states = tuple(states)
-        self.facts: dict[str, Any] = {}  # results of analyses, by name
+        self.facts: dict[str, Any] = {}  # what passes found of this graph's nodes, by name
         self.ranges: dict[str, Any] = {}  # observers of activations, by node name
         self.matched: list[str] = []
         self.skipped: list[dict[str, str]] = []
@@ -209,7 +209,7 @@ class Graph:
         self.module.recompile()
 
     def copy(self) -> Graph:
-        """An independent graph over the same tensors."""
+        """An independent graph over the same tensors; facts, which hold nodes, are found anew."""
         graph = fx.Graph()
         names: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.module.graph, names)

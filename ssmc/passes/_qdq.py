@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +45,8 @@ class QuantisedWeight:
 class Quantiser:
     """Inserts the pairs, each value and each weight once however many calls read it.
 
-    `granularity` is that of static scales, `weights` that of weights in 8 bits. Where a value's
-    name is in `clusters`, its channels share scales as these say (int64, of its channels' shape),
+    `granularity` is that of static scales, `weights` that of weights in 8 bits. Where a value has
+    `clusters` (int64, of its channels' shape) in its meta, its channels share scales as these say,
     instead of one a tensor.
     """
 
@@ -57,12 +56,10 @@ class Quantiser:
         granularity: Granularity,
         margin: float = 1.0,
         weights: Granularity = "channel",
-        clusters: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.g = g
         self.margin = margin
         self.granularity: Granularity = granularity
-        self.clusters = clusters or {}
         self.eight_bits = WeightFormat(tensor=weights == "tensor")
         self.values: dict[fx.Node, Quantised] = {}
         self.weights: dict[tuple[fx.Node, WeightFormat, fx.Node | None], QuantisedWeight] = {}
@@ -150,8 +147,8 @@ class Quantiser:
         ranges = self.g.ranges[value.name]
         if self.granularity == "channel":
             absmax = ranges.channel().reshape(channels(value))
-        elif value.name in self.clusters:
-            absmax = _shared(ranges.channel(), self.clusters[value.name])
+        elif "clusters" in value.meta:
+            absmax = _shared(ranges.channel(), value.meta["clusters"])
         else:
             absmax = ranges.tensor()
         return scale_for(absmax.float() * self.margin)

@@ -50,7 +50,6 @@ class Quantising:
             "channel" if self.free else "tensor",
             options.margin if self.free else 1.0,
             "tensor" if self.per_tensor else "channel",
-            g.facts.get("sort-and-cluster"),
         )
 
     def run(self) -> list[QuantisedWeight]:

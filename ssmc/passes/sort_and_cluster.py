@@ -55,14 +55,13 @@ class SortAndCluster(Pass):
         observers = {m.u: Absmax() for m in mixers}
         if mixers:
             observe(g, observers, context)
-        clusters: dict[str, Tensor] = {}
         for m in mixers:
-            order, clusters[m.u.name] = self._cluster(observers[m.u].channel(), m)
+            order, m.u.meta["clusters"] = self._cluster(observers[m.u].channel(), m)
             reorder(g, m, order)
             if m.groups > 1:
-                clusters |= {value.name: _by_group(value) for value in (m.B, m.C)}
+                for value in (m.B, m.C):
+                    value.meta["clusters"] = _by_group(value)
             g.match(m.scan)
-        g.facts[self.name] = clusters
 
     def _cluster(self, maxima: Tensor, m: Mixer) -> tuple[Tensor, Tensor]:
         """Order and clusters [H, P] of all SSD groups together."""

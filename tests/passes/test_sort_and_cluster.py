@@ -60,11 +60,15 @@ def test_the_same_function_with_channels_sorted(options: dict[str, Any]) -> None
             )
 
 
+def found_clusters(g: Graph) -> dict[str, torch.Tensor]:
+    return {n.name: n.meta["clusters"] for n in g.nodes if "clusters" in n.meta}
+
+
 @pytest.mark.parametrize("options", [{}, GROUPED], ids=["one group", "two groups"])
 def test_clusters_share_a_scale(options: dict[str, Any]) -> None:
     g = uneven(**options)
     apply(g, "sort-and-cluster{heads=2,channels=3},absmax")
-    clusters = dict(g.facts["sort-and-cluster"])
+    clusters = found_clusters(g)
     plain = values(g, *clusters)
     apply(g, PER_TENSOR)
     scales = {n.args[0].name: g.param(n.args[1]) for n in g.calls("ssmc::quantize")}  # type: ignore[union-attr, arg-type]
@@ -112,7 +116,7 @@ def test_a_trained_model_comes_near_scales_by_the_channel(
     for passes in ("", "sort-and-cluster"):
         g = source.graph.copy()
         apply(g, f"{passes},absmax".lstrip(","), make_context(source, make_recipe(), Hooks()))
-        names, clusters = inputs(g), g.facts.get("sort-and-cluster", {})
+        names, clusters = inputs(g), found_clusters(g)
         seen: dict[str, torch.Tensor] = {}
         g.watch(lambda n, v, seen=seen: seen.update({n.name: v}), *held_out.calibration[0])
         for name in names:

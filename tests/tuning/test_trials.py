@@ -15,9 +15,9 @@ from ssmc.corpus import read_texts, token_windows
 from ssmc.errors import UsageError
 from ssmc.recipe import make_recipe
 from ssmc.runtime.artefact import TENSORS
-from ssmc.tuning.trials import Score, held_out_windows
+from ssmc.tuning.trials import Score, Trials, held_out_windows
 
-from .conftest import MakeTrials, calibrated
+from .conftest import MakeTrials, calibrated, windows
 
 FEW = ("layer.0.in_proj:w4a16", "head:float")
 
@@ -35,6 +35,16 @@ def test_a_variant_is_what_a_compilation_makes(trials: MakeTrials, tmp_path: Pat
     file = compiled.save(tmp_path / "out") / TENSORS
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert tried.score(FEW).bytes == file.stat().st_size - header
+
+
+def test_a_variant_has_the_clusters_that_calibration_found() -> None:
+    recipe = make_recipe(passes="sort-and-cluster,absmax,quantise{granularity=tensor}")
+    model = language_model("mamba2")
+    tried = Trials(calibrated(model, recipe), recipe, windows())
+    variant = tried.variant(tried.own).params()
+    compiled = finish(calibrated(model, recipe), recipe, Hooks()).graph.params()
+    assert list(variant) == list(compiled)
+    assert all(torch.equal(tensor, variant[name]) for name, tensor in compiled.items())
 
 
 def test_scores(trials: MakeTrials) -> None:
