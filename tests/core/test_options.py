@@ -43,7 +43,7 @@ def test_grammar(text: str, expected: list[str]) -> None:
         ("qwertyuiop", "unknown pass 'qwertyuiop'", "`ssmc passes` lists them all"),
         ("hadamard{blok=8}", "pass 'hadamard' has no option 'blok'", "did you mean block?"),
         ("absmax{p=1}", "pass 'absmax' has no option 'p'", "its options: none"),
-        ("hadamard{zzz=8}", "has no option 'zzz'", "its options: block, residual"),
+        ("hadamard{zzz=8}", "has no option 'zzz'", "its options: block, residual, values"),
         ("hadamard{block}", "hadamard: option 'block' has no value", "write block=VALUE"),
         ("hadamard{block=8,block=4}", "option 'block' is given twice", "give it once"),
         ("hadamard{block=8", "cannot read the passes at 'hadamard{block=8'", "name{option=value"),
@@ -86,7 +86,7 @@ def test_as_data() -> None:
 
 def test_options_have_the_types_of_the_fields() -> None:
     p = build_pass("hadamard", {"block": "16", "residual": "yes"})
-    assert p.options() == {"block": 16, "residual": True}
+    assert p.options() == {"block": 16, "residual": True, "values": False}
     assert [type(value) for value in p.options().values()] == [int, bool]
 
 
