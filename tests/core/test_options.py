@@ -87,7 +87,7 @@ def test_as_data() -> None:
 def test_options_have_the_types_of_the_fields() -> None:
     p = build_pass("hadamard", {"block": "16", "residual": "yes"})
     assert p.options() == {"block": 16, "residual": True, "values": False}
-    assert [type(value) for value in p.options().values()] == [int, bool]
+    assert [type(value) for value in p.options().values()] == [int, bool, bool]
 
 
 def _every_kind() -> type[Any]:
