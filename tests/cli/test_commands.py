@@ -201,7 +201,7 @@ def test_colour_on_a_terminal_only_and_not_with_no_color() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("ssmc e", ["eval"]),
+        ("ssmc e", ["eval", "export"]),
         ("ssmc eval demo --base", ["--baseline"]),
         ("ssmc bench --ttf", ["--ttft"]),
     ],
