@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,10 @@ import typer
 from ssmc.cli import output
 
 if TYPE_CHECKING:
+    from ssmc.compiler import Source
     from ssmc.core import Graph
+    from ssmc.inspection.story import Story
+    from ssmc.recipe import Recipe
 
 
 def run(
@@ -29,14 +33,30 @@ def run(
         bool,
         typer.Option("--numerics", help="Signal-to-noise by blocks and operators, worst first."),
     ] = False,
+    draw: Annotated[
+        bool, typer.Option("--graph", help="A layer drawn as a graph (by default the first).")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report, one HTML file that needs nothing else.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write its plots as PNG to a folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For both: what an artefact was made from, if moved.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Look at a graph: as text, what passes changed, its tensors, or where its errors are."""
+    """Look at a graph: as text or drawn, its passes, tensors and errors, or all as a report."""
     from ssmc.errors import UsageError
     from ssmc.runtime import is_artefact
 
-    if diff + params + numerics > 1:
-        raise UsageError("--diff, --params and --numerics are different views", hint="choose one")
+    views = {"--diff": diff, "--params": params, "--numerics": numerics, "--graph": draw}
+    chosen = [name for name, wanted in views.items() if wanted]
+    chosen += ["--html and --plot"] if html or plot else []
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} are different views", hint="choose one")
+    if html or plot:
+        story = _story(target, passes, samples, model)
+        return _write_report(story, layer, html, plot, as_json)
     if is_artefact(target):
         view = _of_artefact(target, after, graph_needed=not (diff or numerics))
     else:
@@ -47,6 +67,8 @@ def run(
         _show_diff(view, after, layer, as_json)
     elif params:
         _show_params(view, layer, as_json)
+    elif draw:
+        _draw_graph(view, layer, as_json)
     else:
         _show_graph(view, layer, as_json)
 
@@ -125,6 +147,92 @@ def _show_graph(view: _View, layer: int | None, as_json: bool) -> None:
         output.say_json({"target": view.name, "nodes": lines})
     else:
         output.say("\n".join(lines.values()))
+
+
+def _draw_graph(view: _View, layer: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ssmc.inspection.moments import Moment
+    from ssmc.inspection.terminal import draw
+
+    moment = Moment.of(view.graph)
+    layers = moment.layers()
+    layer = layer if layer is not None else min(layers, default=0)
+    calls = moment.layer(layer)
+    _check_layer(view, calls, layer)
+    if as_json:
+        output.say_json({"target": view.name, "layer": layer, "calls": [asdict(c) for c in calls]})
+    else:
+        output.say(f"layer {layer} of {len(layers)}\n")
+        output.say("\n".join(draw(moment, layer, output.console().width)))
+
+
+def _write_report(
+    story: Story, layer: int | None, html: Path | None, plot: Path | None, as_json: bool
+) -> None:
+    from ssmc.errors import UsageError
+    from ssmc.inspection import page, plots
+
+    layers = story.moment.layers()
+    shown = story.worst_layer() if layer is None else layer
+    if shown not in layers:
+        raise UsageError(
+            f"{story.name} has no layer {shown}", hint=f"its layers: 0 to {max(layers, default=0)}"
+        )
+    written = plots.save(story, shown, plot) if plot is not None else []
+    if html is not None:
+        page.write(story, shown, html)
+        written.append(html)
+    if as_json:
+        output.say_json(
+            {"target": story.name, "layer": shown, "written": [str(p) for p in written]}
+        )
+        return
+    for path in written:
+        output.say(f"{'wrote':12} {path}")
+
+
+def _story(target: str, passes: str, samples: int, model: str | None) -> Story:
+    """Of a model its compilation; of an artefact that of the model it was made from, if it is here.
+
+    An artefact's own recipe is repeated, on its own calibration text.
+    """
+    from ssmc.compiler import Hooks, read_source
+    from ssmc.inspection import story
+    from ssmc.recipe import make_recipe
+    from ssmc.runtime import is_artefact, load
+
+    hooks = Hooks(on_start=lambda p: output.note(f"pass {p.name}"))
+    if not is_artefact(target):
+        recipe = make_recipe(passes=passes, samples=samples)
+        output.note(f"loading {target}")
+        return story.of_compilation(read_source(target, recipe), recipe, target, hooks)
+    compiled = load(target, device="cpu")
+    recipe = make_recipe(**compiled.about["recipe"])
+    source = _source(compiled.about["source"], recipe, model)
+    if source is None:
+        return story.of_compiled(compiled, target)
+    return story.of_compilation(source, recipe, target, hooks)
+
+
+def _source(made_from: dict[str, Any], recipe: Recipe, model: str | None) -> Source | None:
+    """The model an artefact was made from; with a note None where it is not here or another."""
+    from ssmc.compiler import read_source
+    from ssmc.errors import SsmcError
+
+    name = model or made_from["name"]
+    output.note(f"loading {name}")
+    try:
+        source = read_source(name, recipe)
+    except SsmcError as error:
+        if model is not None:
+            raise
+        output.note(f"without the model: {error}; --model says where it is")
+        return None
+    if source.about["source"].get("fingerprint") == made_from.get("fingerprint"):
+        return source
+    output.note(f"without the model: {name} is another than that it was made from")
+    return None
 
 
 def _check_layer(view: _View, found: Any, layer: int | None) -> None:

@@ -187,3 +187,53 @@ def test_inspect_refuses(
     assert ended.code == 2
     assert message in ended.error
     assert ended.error.count("\n") == 1
+
+
+def test_a_layer_as_a_graph(call: Call, tiny_artefact: Path) -> None:
+    lines = legible(call("inspect", tiny_artefact, "--graph", "--layer", 1))
+    assert lines[0] == "layer 1 of 3"
+    assert any("● linear in_proj" in line for line in lines)
+    assert lines[-1].strip().startswith("╰─● add")
+    data = call("inspect", tiny_artefact, "--graph", "--json").json
+    assert data["layer"] == 0
+    assert "in_proj" in {c["role"] for c in data["calls"]}
+    ended = call("inspect", tiny_artefact, "--graph", "--layer", 7)
+    assert ended.code == 2
+    assert "has no layer 7" in ended.error
+
+
+def test_a_report_of_a_model_and_of_what_was_made_from_it(
+    call: Call, tiny_folder: Path, tiny_artefact: Path, tmp_path: Path
+) -> None:
+    page, plots = tmp_path / "report.html", tmp_path / "plots"
+    of_artefact = call(
+        "inspect", tiny_artefact, "--model", tiny_folder, "--html", page, "--plot", plots
+    )
+    lines = legible(of_artefact)
+    assert [line.split()[0] for line in lines] == ["wrote"] * len(lines)
+    assert lines[-1].split()[1] == str(page)
+    assert page.read_text(encoding="utf-8").count("<h3>hadamard</h3>") == 1
+    assert (plots / "errors.png").is_file()
+    ended = call("inspect", tiny_artefact, "--html", page, "--layer", 9)
+    assert ended.code == 2
+    assert "has no layer 9" in ended.error.splitlines()[0]
+
+
+def test_a_report_without_the_model(
+    call: Call, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = call("inspect", tiny_artefact, "--html", "report.html")
+    assert ended.code == 0
+    assert "--model says where it is" in ended.err
+    assert "is not here" in Path("report.html").read_text(encoding="utf-8")
+    data = call("inspect", tiny_artefact, "--html", "report.html", "--json").json
+    assert data["written"] == ["report.html"]
+    other = call("inspect", tiny_artefact, "--html", "report.html", "--model", "demo")
+    assert "is another than that it was made from" in other.err
+
+
+def test_views_are_chosen_one_at_a_time(call: Call, tiny_artefact: Path) -> None:
+    ended = call("inspect", tiny_artefact, "--graph", "--diff")
+    assert ended.code == 2
+    assert "--diff and --graph are different views" in ended.error
