@@ -179,17 +179,18 @@ def _write_report(
         raise UsageError(
             f"{story.name} has no layer {shown}", hint=f"its layers: 0 to {max(layers, default=0)}"
         )
-    written = plots.save(story, shown, plot) if plot is not None else []
+    drawn = plots.save(story, shown, plot) if plot is not None else []
     if html is not None:
         page.write(story, shown, html)
-        written.append(html)
+    written = [*drawn, *([html] if html is not None else [])]
     if as_json:
-        output.say_json(
-            {"target": story.name, "layer": shown, "written": [str(p) for p in written]}
-        )
+        files = [str(path) for path in written]
+        output.say_json({"target": story.name, "layer": shown, "written": files})
         return
-    for path in written:
-        output.say(f"{'wrote':12} {path}")
+    if plot is not None:
+        output.say(f"{'wrote':12} {plot}: {len(drawn)} plots")
+    if html is not None:
+        output.say(f"{'wrote':12} {html}")
 
 
 def _story(target: str, passes: str, samples: int, model: str | None) -> Story:

@@ -210,8 +210,11 @@ def test_a_report_of_a_model_and_of_what_was_made_from_it(
         "inspect", tiny_artefact, "--model", tiny_folder, "--html", page, "--plot", plots
     )
     lines = legible(of_artefact)
-    assert [line.split()[0] for line in lines] == ["wrote"] * len(lines)
-    assert lines[-1].split()[1] == str(page)
+    count = len(list(plots.iterdir()))
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["wrote", f"{plots}: {count} plots"],
+        ["wrote", str(page)],
+    ]
     assert page.read_text(encoding="utf-8").count("<h3>hadamard</h3>") == 1
     assert (plots / "errors.png").is_file()
     ended = call("inspect", tiny_artefact, "--html", page, "--layer", 9)
