@@ -219,7 +219,7 @@ def test_a_report_of_a_model_and_of_what_was_made_from_it(
     assert (plots / "errors.png").is_file()
     ended = call("inspect", tiny_artefact, "--html", page, "--layer", 9)
     assert ended.code == 2
-    assert "has no layer 9" in ended.error.splitlines()[0]
+    assert "has no layer 9" in ended.err
 
 
 def test_a_report_without_the_model(
