@@ -2,6 +2,7 @@
 # make test   everything a change has to pass: lint, types, tests
 # make lint   ruff and mypy alone
 # make test-eval  the tests that need lm-eval, which make test skips
+# make docs   the documentation as a site, into build/site
 # make test-gpu  the tests of kernels and of whole models on a CUDA device
 # make clean  remove the environment and what was built
 #
@@ -30,7 +31,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-eval test-gpu lint clean
+.PHONY: help demo docs test test-eval test-gpu lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -52,6 +53,15 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 $(VENV)/.installed-eval: $(VENV)/.installed-dev
 	$(PIP) install -e '.[dev,eval]' accelerate
 	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) install -e '.[docs]'
+	@touch $@ $(VENV)/.installed
+
+# Strict: a page that nothing leads to, or a link that leads nowhere, is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 demo: $(VENV)/.installed
 	$(BIN)/ssmc compile $(DEMO_MODEL) --passes $(DEMO_PASSES) -o $(DEMO_OUT) --force

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ssmc.cli.auto import Auto
     from ssmc.compiler import Prepared, Source
     from ssmc.core import Graph, Pass, Record
+    from ssmc.inspection.story import Listener, Story
     from ssmc.recipe import Recipe
     from ssmc.runtime import CompiledModel
 
@@ -69,6 +70,9 @@ def run(
     write_recipe: Annotated[
         Path | None, typer.Option(help="Write what was done as a recipe (YAML), too.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML report of the compilation, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the artefact in OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -98,7 +102,11 @@ def run(
     if dry_run:
         return _show_plan(model, plan, resolved, auto, as_json)
     _check_writable(write_recipe)
-    job = _Job(model, _checked_output(out, force), resolved, auto, device, force, as_json)
+    if report is not None:
+        from ssmc.inspection.page import check_page
+
+        check_page(report)
+    job = _Job(model, _checked_output(out, force), resolved, auto, device, force, as_json, report)
     compiled = job.run()
     if write_recipe is not None:
         _write_recipe(write_recipe, compiled.about["recipe"])
@@ -166,6 +174,7 @@ class _Job:
     device: str
     force: bool
     as_json: bool
+    report: Path | None = None
 
     def run(self) -> CompiledModel:
         """Compile, write and show."""
@@ -178,16 +187,35 @@ class _Job:
         windows = self._windows(source)
         screen = _Screen(self.recipe, self.out, quiet=self.as_json)
         screen.header(source, self.recipe)
+        listener = self._listener(source, screen.hooks())
+        hooks = screen.hooks() if listener is None else listener.hooks()
         with screen.bar:
-            prepared = prepare(source, self.recipe, screen.hooks())
+            prepared = prepare(source, self.recipe, hooks)
             recipe, searched = self._choose(prepared, windows)
-            compiled = finish(prepared, recipe, screen.hooks())
+            compiled = finish(prepared, recipe, hooks)
         compiled.save(self.out, force=self.force)
+        if listener is not None:
+            self._write_report(listener.story(compiled, self.model))
         if self.as_json:
             output.say_json(_summary(compiled, self.out) | {"passes": screen.records} | searched)
         else:
             _say_summary(_summary(compiled, self.out))
+            if self.report is not None:
+                output.say(f"report       {self.report}")
         return compiled
+
+    def _listener(self, source: Source, hooks: Any) -> Listener | None:
+        if self.report is None:
+            return None
+        from ssmc.inspection.story import Listener
+
+        return Listener(source, self.recipe, hooks)
+
+    def _write_report(self, story: Story) -> None:
+        from ssmc.inspection import page
+
+        assert self.report is not None
+        page.write(story, story.worst_layer(), self.report)
 
     def _windows(self, source: Source) -> Any:
         if self.auto is None:

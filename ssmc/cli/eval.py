@@ -42,6 +42,9 @@ def run(
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval to score instead: lambada_openai,piqa.")
     ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: solved examples before a question.")
+    ] = None,
     include: Annotated[
         list[Path] | None, typer.Option(help="Folder with tasks of your own, in YAML.")
     ] = None,
@@ -63,13 +66,14 @@ def run(
 
     check_choice("mode", mode, ("prefill", "recurrent"))
     of_text = bool(text or last_word or passages) or by_length or mode != "prefill"
-    scores.check_options(tasks, bool(include or baseline), of_text)
+    of_tasks = bool(include or baseline) or num_fewshot is not None
+    scores.check_options(tasks, of_tasks, of_text)
     asked = scores.find(tasks, include or ()) if tasks is not None else None
     opened = open_target(target, backend, device)
     choose_execution(opened, execution)
     if asked is not None:
         other = scores.find_baseline(opened, baseline, device)
-        found = scores.score_tasks(opened, other, asked, limit, batch)
+        found = scores.score_tasks(opened, other, asked, limit, batch, num_fewshot)
         return output.say_json(found) if as_json else scores.show(found)
     windows = opened.windows(text or evaluation_file(), window, limit)
     start = time.perf_counter()

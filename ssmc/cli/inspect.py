@@ -55,6 +55,7 @@ def run(
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} are different views", hint="choose one")
     if html or plot:
+        _check_places(html)
         story = _story(target, passes, samples, model)
         return _write_report(story, layer, html, plot, as_json)
     if is_artefact(target):
@@ -165,6 +166,15 @@ def _draw_graph(view: _View, layer: int | None, as_json: bool) -> None:
     else:
         output.say(f"layer {layer} of {len(layers)}\n")
         output.say("\n".join(draw(moment, layer, output.console().width)))
+
+
+def _check_places(html: Path | None) -> None:
+    from ssmc.inspection.page import check_page
+    from ssmc.inspection.plots import check_plots
+
+    check_plots()
+    if html is not None:
+        check_page(html)
 
 
 def _write_report(

@@ -35,7 +35,9 @@ def check_options(tasks: str | None, of_tasks: bool, of_text: bool) -> None:
     from ssmc.errors import UsageError
 
     if tasks is None and of_tasks:
-        raise UsageError("--include and --baseline go with --tasks", hint="as in --tasks embedded")
+        raise UsageError(
+            "--include, --baseline and --num-fewshot go with --tasks", hint="as in --tasks embedded"
+        )
     if tasks is not None and of_text:
         raise UsageError(
             "--tasks have texts of their own",
@@ -59,22 +61,26 @@ def score_tasks(
     tasks: Tasks,
     limit: int | None,
     batch: int | None,
+    fewshot: int | None = None,
 ) -> dict[str, Any]:
     """What `ssmc eval --tasks --json` writes."""
     start = time.perf_counter()
-    theirs = _score(baseline, tasks, limit, batch) if baseline is not None else []
-    ours = _score(target, tasks, limit, batch)
+    theirs = _score(baseline, tasks, limit, batch, fewshot) if baseline is not None else []
+    ours = _score(target, tasks, limit, batch, fewshot)
     others = {(s.task, s.metric): s for s in theirs}
     return {
         "target": target.name,
         "baseline": baseline.name if baseline is not None else None,
         "limit": limit,
+        "num_fewshot": fewshot,
         "seconds": time.perf_counter() - start,
         "scores": [_row(s, others.get((s.task, s.metric))) for s in ours],
     }
 
 
-def _score(target: Target, tasks: Tasks, limit: int | None, batch: int | None) -> list[Score]:
+def _score(
+    target: Target, tasks: Tasks, limit: int | None, batch: int | None, fewshot: int | None
+) -> list[Score]:
     from ssmc.evaluate.harness import HarnessModel
     from ssmc.evaluate.scores import score
 
@@ -83,7 +89,7 @@ def _score(target: Target, tasks: Tasks, limit: int | None, batch: int | None) -
         target.run, tokenizer, eos, target.device, batch=batch,
         progress=lambda label: output.progress(f"{label} {target.name}"),
     )  # fmt: skip
-    return score(model, tasks, limit)
+    return score(model, tasks, limit, fewshot)
 
 
 def _row(ours: Score, theirs: Score | None) -> dict[str, Any]:

@@ -83,14 +83,21 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         ) from error
 
 
-def score(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> list[Score]:
-    """What a model scores on at most `limit` documents of each task, as lm-eval computes it."""
+def score(
+    model: HarnessModel, tasks: Tasks, limit: int | None = None, fewshot: int | None = None
+) -> list[Score]:
+    """What a model scores on at most `limit` documents of each task, as lm-eval computes it.
+
+    `fewshot` solved examples stand in front of each question, where the task takes any; None leaves
+    their number to the task.
+    """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
     for task in tasks["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        own = task.get_config("num_fewshot")
+        if own is None or (fewshot is not None and own != 0):
+            task.set_config(key="num_fewshot", value=fewshot or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     # Without its bootstrap, which starts processes; the errors of means are computed here.
     found = evaluate(model, tasks, limit=limit, bootstrap_iters=0)

@@ -15,7 +15,7 @@ import ssmc
 from ssmc.errors import UsageError
 from ssmc.inspection.labels import Label, label
 from ssmc.inspection.moments import CHANGED, GONE, KEPT, NEW, Call, Moment
-from ssmc.inspection.plots import plots, svg
+from ssmc.inspection.plots import check_plots, plots, svg
 from ssmc.inspection.rails import Part, Row, rows
 from ssmc.inspection.sizes import by_role, sizes
 from ssmc.inspection.story import Step, Story
@@ -47,6 +47,15 @@ class StepView:
     skipped: list[tuple[str, list[str]]]
     before: list[RowView]
     after: list[RowView]
+
+
+def check_page(out: Path) -> None:
+    """Raise UsageError where no page can be written to `out`, before there is one."""
+    check_plots()
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(
+            f"cannot write {out}: it is a folder, or in none", hint="name a file: report.html"
+        )
 
 
 def write(story: Story, layer: int, out: Path) -> None:

@@ -154,6 +154,11 @@ def _sizes(pyplot: Any, story: Story) -> Plot:
     return Plot("sizes", text, figure)
 
 
+def check_plots() -> None:
+    """Raise UsageError where matplotlib is missing."""
+    _pyplot()
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib

@@ -81,17 +81,15 @@ def of_compilation(source: Source, recipe: Recipe, name: str, hooks: Hooks) -> S
 
     Raises what the compiler does.
     """
-    listener = _Listener(source, recipe, hooks)
-    compiled = compile_source(source, recipe, listener.hooks())
-    listener.after = listener.after or ranges(compiled.graph.copy(), listener.context)
-    return Story(
-        name, compiled.about, compiled.report, Moment.of(compiled.graph), listener.steps,
-        listener.before, listener.after,
-    )  # fmt: skip
+    listener = Listener(source, recipe, hooks)
+    return listener.story(compile_source(source, recipe, listener.hooks()), name)
 
 
-class _Listener:
-    """Keeps the moments between passes, and measures ranges where the rewrites begin and end."""
+class Listener:
+    """Keeps the moments between passes, and measures ranges where the rewrites begin and end.
+
+    The compiler is given `hooks()`, which pass on to the `hooks` here what they hear.
+    """
 
     def __init__(self, source: Source, recipe: Recipe, hooks: Hooks) -> None:
         self.source, self.recipe, self.inner = source, recipe, hooks
@@ -101,8 +99,16 @@ class _Listener:
         self.before = ranges(source.graph.copy(), self.context)
         self.after: Ranges = {}
 
+    def story(self, compiled: CompiledModel, name: str) -> Story:
+        """What was heard, with what came of it."""
+        after = self.after or ranges(compiled.graph.copy(), self.context)
+        return Story(
+            name, compiled.about, compiled.report, Moment.of(compiled.graph), self.steps,
+            self.before, after,
+        )  # fmt: skip
+
     def hooks(self) -> Hooks:
-        """The hooks of the compiler, which pass on what they hear."""
+        """The hooks of the compiler."""
         return Hooks(self.on_start, self.on_pass, self.inner.progress, self.inner.crash_folder)
 
     def on_start(self, p: Pass) -> None:

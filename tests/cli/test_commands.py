@@ -94,7 +94,7 @@ def test_doctor_says_what_a_feature_lacks(call: Call, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", found)
     features = {row["command"]: row for row in call("doctor", "--json").json["features"]}
-    plots = features["ssmc bench --plot"]
+    plots = features["ssmc compile --report, ssmc bench --plot"]
     assert (plots["missing"], plots["install"]) == (
         ["matplotlib>=3.9"],
         "pip install 'ssmc[bench]'",

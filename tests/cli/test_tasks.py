@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +170,39 @@ def test_tasks_of_ones_own(
         "--limit", 2, "--device", "cpu", "--json",
     ).json  # fmt: skip
     assert {row["task"] for row in found["scores"]} == {"own_cloze", "own_last_word"}
+
+
+@needs_lm_eval
+def test_solved_examples_stand_before_the_question(
+    call: Call,
+    offline: None,
+    shared_data: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ssmc.evaluate.harness import HarnessModel
+
+    seen: list[str] = []
+    scored = HarnessModel.loglikelihood
+
+    def noted(self: HarnessModel, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        seen.extend(request.args[0] for request in requests)
+        return scored(self, requests, disable_tqdm)
+
+    monkeypatch.setattr(HarnessModel, "loglikelihood", noted)
+    text = CLOZE.format(file=shared_data("tasks/cloze.jsonl"), cache=tmp_path / "cache")
+    (tmp_path / "own.yaml").write_text(f"{text}\nfewshot_split: test\n")
+    arguments = (
+        "eval", "demo", "--tasks", "own_cloze", "--include", tmp_path, "--limit", 2,
+        "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert call(*arguments).json["num_fewshot"] is None
+    alone, seen = seen[:], []
+    assert call(*arguments, "--num-fewshot", 2).json["num_fewshot"] == 2
+    assert len(seen) == len(alone)
+    for without, with_examples in zip(alone, seen, strict=True):
+        assert with_examples.endswith(without)
+        assert with_examples.count("\n\n") >= 2
 
 
 @needs_lm_eval

@@ -15,7 +15,7 @@ from ssmc.core import passes
 from .blocks import ROOT, Block, blocks
 
 TUTORIAL = ROOT / "docs" / "write-your-own-pass.md"
-TUTORIALS = {"write-your-own-pass": 7, "bring-your-own-model": 3}
+TUTORIALS = {"write-your-own-pass": 7, "bring-your-own-model": 3, "add-an-architecture": 2}
 """Pages, and how many of their blocks are output."""
 EXAMPLE = ROOT / "examples" / "round_a_pass"
 ERROR = re.compile(r"\d\.\de[+-]\d\d")  # a measured error: its last digit is the machine's
