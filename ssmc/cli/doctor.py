@@ -32,7 +32,7 @@ class Feature:
 FEATURES = (
     Feature("compile, look at and run models", "ssmc compile, inspect, eval, generate"),
     Feature("run on a GPU, on Triton kernels", "--device cuda", "cuda", needs_gpu=True),
-    Feature("score tasks of lm-eval", "ssmc eval --tasks, ssmc lm-eval", "eval"),
+    Feature("score tasks of lm-eval", "ssmc eval --tasks, lm_eval --model ssmc", "eval"),
     Feature("draw reports and plots", "ssmc compile --report, ssmc bench --plot", "bench"),
     Feature("load what --format compressed-tensors writes", "ssmc export", "export"),
     Feature("build the documentation", "make docs", "docs"),

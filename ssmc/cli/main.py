@@ -17,7 +17,6 @@ from ssmc.cli import (
     export,
     generate,
     inspect,
-    lm_eval,
     passes,
     recipes,
     sensitivity,
@@ -48,7 +47,6 @@ app.command("recipes")(recipes.run)
 app.command("inspect")(inspect.run)
 app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
-app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.run)
 app.command("export")(export.run)
 app.command("generate")(generate.run)
 app.command("chat")(chat.run)

@@ -64,7 +64,7 @@ def find_tasks(names: Iterable[str], include: Sequence[Path] = ()) -> Tasks:
         manager = TaskManager(include_path=folders)
     for name in names:
         if name not in manager.all_tasks:
-            hint = did_you_mean(name, manager.all_tasks) or "`ssmc lm-eval ls tasks` lists them"
+            hint = did_you_mean(name, manager.all_tasks) or "`lm_eval ls tasks` lists them"
             raise UsageError(f"lm-eval has no task '{name}'", hint=hint)
     found: Tasks = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:

@@ -1,1 +1,1 @@
-"""What other libraries load of ssmc: its quantizer and its models, as transformers defines them."""
+"""What other libraries load of ssmc: models and a quantizer of transformers, a model of lm-eval."""

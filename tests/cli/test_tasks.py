@@ -1,4 +1,4 @@
-"""`ssmc eval --tasks` and `ssmc lm-eval`."""
+"""`ssmc eval --tasks`, and `lm_eval --model ssmc`."""
 
 from __future__ import annotations
 
@@ -63,11 +63,10 @@ def test_without_lm_eval_it_says_what_installs_it(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for command in (("eval", "demo", "--tasks", "embedded"), ("lm-eval", "ls", "tasks")):
-        ended = call(*command)
-        assert ended.code == 2
-        assert "lm-eval, which is not installed" in ended.error
-        assert "pip install 'ssmc[eval]'" in ended.error
+    ended = call("eval", "demo", "--tasks", "embedded")
+    assert ended.code == 2
+    assert "lm-eval, which is not installed" in ended.error
+    assert "pip install 'ssmc[eval]'" in ended.error
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_lm_evals_own_command_line(
     file = shared_data("tasks/cloze.jsonl")
     (tmp_path / "own.yaml").write_text(CLOZE.format(file=file, cache=tmp_path))
     done = subprocess.run(
-        [sys.executable, "-m", "ssmc", "lm-eval", "--model", "ssmc", "--tasks", "own_cloze",
+        [sys.executable, "-m", "lm_eval", "--model", "ssmc", "--tasks", "own_cloze",
          "--model_args", f"target={demo_folder},execution=simulated",
          "--include_path", str(tmp_path), "--limit", "2", "--batch_size", "4"],
         capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=False,

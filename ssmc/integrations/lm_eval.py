@@ -1,4 +1,4 @@
-"""`ssmc` as a model of lm-eval, with what opens a target. Importing this needs lm-eval."""
+"""`ssmc` as a model of lm-eval: `lm_eval --model ssmc --model_args target=TARGET`."""
 
 from __future__ import annotations
 
