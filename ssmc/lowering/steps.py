@@ -139,6 +139,15 @@ def _norm_linear(g: Graph, m: Match) -> fx.Node:
     return g.call("ssmc::norm_linear_step", *args, like=m.node)
 
 
+# -- caches ------------------------------------------------------------------------------------
+
+
+def _append(g: Graph, m: Match) -> fx.Node | None:
+    if not is_model_state(g, m.cache):
+        return None
+    return g.call("ssmc::cache_append_step", m.cache, m.x, m.position, like=m.node)
+
+
 def _pair(value: Pattern) -> tuple[Pattern, ...]:
     return results_of(op.quantize_dynamic(value, BITS))
 
@@ -177,4 +186,5 @@ STEPS: Rules = (
     (_SELECTIVE_SCAN, _selective_scan),
     (_SSD_SCAN, _ssd_scan),
     (op.int8_linear(*_NORM, *_WEIGHT), _norm_linear),
+    (op.cache_append("cache", "x", "position"), _append),
 )

@@ -32,6 +32,7 @@ from ssmc.ops.selective_scan import selective_scan
 from ssmc.ops.ssd_scan import ssd_scan
 from ssmc.ops.state import dequantize_state, quantize_state
 from ssmc.ops.steps import (
+    cache_append_step,
     in_proj_conv_step,
     norm_linear_step,
     selective_scan_step,
@@ -42,6 +43,7 @@ __all__ = [
     "add_rms_norm_quantize",
     "attention",
     "cache_append",
+    "cache_append_step",
     "causal_conv1d",
     "dequantize",
     "dequantize_groups",

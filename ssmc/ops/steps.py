@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor
 
+from ssmc.ops.attention import cache_append
 from ssmc.ops.fused_linear import int8_linear_quantize
 from ssmc.ops.fused_norm import rms_norm_quantize
 from ssmc.ops.int8 import int8_causal_conv1d, int8_linear, int8_selective_scan, int8_ssd_scan
@@ -121,3 +122,9 @@ def ssd_scan_step(
     operands = (x_q, x_scale, dt_q, dt_scale, A, *pairs, D, dt_bias, state.float())
     y, new = int8_ssd_scan(*operands, dt_min, dt_max)
     return y, new.to(state.dtype)
+
+
+@composite
+def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
+    """`cache_append` of the rows of one token: cache [B, T, ...], x [B, 1, ...], position [B]."""
+    return cache_append(cache, x, position)

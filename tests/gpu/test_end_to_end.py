@@ -19,7 +19,10 @@ from ssmc.runtime.verify import verify
 
 pytestmark = pytest.mark.gpu
 
-MODELS = ["demo", "mamba-5m", "mamba2-6m"]
+MODELS = ["demo", "mamba-5m", "mamba2-6m", "jamba-11m", "llama-6m"]
+CACHED = "hadamard,percentile,quantise,kv-cache"
+PASSES = {"jamba-11m": CACHED, "llama-6m": CACHED.replace("percentile", "absmax")}
+"""With a cache of keys and values in int8, where there is one."""
 PROMPT, TOKENS = 64, 1000
 
 FindPath = Callable[[str], Path]
@@ -40,7 +43,9 @@ def trained(
     name = request.param
     source = name if name == "demo" else str(shared_model(name))
     out = tmp_path_factory.mktemp("artefacts") / name
-    compiled = ssmc.compile(source, samples=8, length=128, device="cuda").save(out)
+    passes = PASSES.get(name)
+    made = ssmc.compile(source, passes=passes, samples=8, length=128, device="cuda")
+    compiled = made.save(out)
     model = ssmc.load(compiled, backend="triton", device="cuda")
     assert model.tokenizer is not None
     assert model.eos is not None

@@ -22,7 +22,6 @@ from ssmc.runtime.verify import verify
 
 from .rules import RULES, calls
 
-WITHOUT_KERNELS = {"int8_attention", "int8_expert_linear"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOWER = """
 import sys
@@ -61,7 +60,6 @@ def test_int8_and_fused_operators_have_kernels_of_their_signatures() -> None:
     pytest.importorskip("triton")
     kernels = BACKENDS["triton"].load()
     wanted = {n for n in ops.__all__ if n.startswith("int8_") or n.endswith(("_step", "_quantize"))}
-    wanted -= WITHOUT_KERNELS
     assert {f"ssmc::{name}" for name in wanted} <= set(kernels)
     for name in wanted:
         expected = inspect.signature(getattr(ops, name)).parameters
@@ -73,15 +71,18 @@ def test_int8_and_fused_operators_have_kernels_of_their_signatures() -> None:
 
 
 @pytest.mark.parametrize("form", ["sequence", "last", "step"])
-def test_attention_and_experts_run_as_plain_torch(form: Form) -> None:
+def test_attention_and_experts_have_kernels(form: Form) -> None:
+    pytest.importorskip("triton")
     model = compile_tiny("jamba", "hadamard,percentile,quantise,kv-cache")
-    lowered = lower(model.graph, Backend("none", rules=RULES.rules, complete=True), form)
+    lowered = lower(model.graph, "triton", form)
     plain = "plain torch: there is no kernel for ssmc::"
-    reasons = Counter(entry["reason"].removeprefix(plain) for entry in lowered.kept)
-    assert {name: reasons[name] for name in WITHOUT_KERNELS} == {
-        "int8_attention": 1,
-        "int8_expert_linear": 4,
-    }
+    reasons = {entry["reason"].removeprefix(plain) for entry in lowered.kept}
+    layers = {node.meta.get("layer") for node in lowered.graph.nodes}
+    found = sum((calls(lowered.graph, layer) for layer in layers), Counter())
+    assert found["int8_attention"] == 1
+    assert found["int8_expert_linear"] == 4
+    assert found["cache_append_step"] == (4 if form == "step" else 0)
+    assert not reasons & {"int8_attention", "int8_expert_linear", "cache_append"}
 
 
 def test_tolerances_are_of_operators_that_have_kernels() -> None:
@@ -119,6 +120,7 @@ def test_a_layer_in_float_is_kept_once() -> None:
         ("mamba", "hadamard,percentile,quantise{weights=4,group=8}"),
         ("falcon", "hadamard,percentile"),
         ("mamba2-groups", "hadamard,percentile"),
+        ("llama", "hadamard,percentile,quantise,kv-cache"),
     ],
 )
 def test_the_kernels_agree_with_the_simulation(architecture: str, passes: str) -> None:

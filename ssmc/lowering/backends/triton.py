@@ -18,12 +18,15 @@ from ssmc.lowering.fusion import FUSIONS, SPLITS
 from ssmc.lowering.steps import STEPS
 
 KERNELS: dict[str, tuple[str, ...]] = {
+    "attention": ("attention", "int8_attention"),
+    "cache": ("cache_append", "cache_append_step"),
     "conv1d": (
         "int8_causal_conv1d",
         "int8_causal_conv1d_quantize",
         "int8_causal_conv1d_split",
     ),
     "embedding": ("int8_embedding",),
+    "experts": ("int8_expert_linear",),
     "hadamard": ("hadamard", "hadamard_quantize"),
     "matmul": ("int8_linear_quantize",),
     "matmul_int4": ("int4_linear",),
@@ -32,6 +35,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "matvec_conv": ("in_proj_conv_step",),
     "norm": ("add_rms_norm_quantize", "gated_norm_quantize", "rms_norm_quantize"),
     "quantize": ("quantize", "quantize_dynamic"),
+    "rotary": ("rotary_embedding",),
     "selective_scan": ("int8_selective_scan",),
     "selective_step": ("selective_scan_step",),
     "ssd_scan": ("int8_ssd_scan", "int8_ssd_scan_state"),
@@ -54,11 +58,13 @@ PRODUCTS = Tolerance(error=2**-6)
 
 TOLERANCES: dict[str, Tolerance] = {
     "add_rms_norm_quantize": DYNAMIC,
+    "attention": FLOATS,
     "gated_norm_quantize": DYNAMIC,
     "hadamard": FLOATS,
     "hadamard_quantize": DYNAMIC,
     "in_proj_conv_step": DYNAMIC,
     "int4_linear": FLOATS,
+    "int8_attention": FLOATS,
     "int8_causal_conv1d": FLOATS,
     "int8_causal_conv1d_quantize": STATIC,
     "int8_causal_conv1d_split": DYNAMIC,
@@ -67,6 +73,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "int8_ssd_scan_state": Tolerance(error=2e-3),
     "norm_linear_step": PRODUCTS,
     "rms_norm_quantize": DYNAMIC,
+    "rotary_embedding": FLOATS,
     "selective_scan_step": Tolerance(error=1e-3),  # its state may be rounded to 16 bits
     "ssd_scan_step": PRODUCTS,  # B and C come as floats out of the convolution
 }
