@@ -40,7 +40,7 @@ def even_mixture(module: Any, hidden_states: Tensor) -> Tensor:
 
 def _chosen(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     router, _ = _parts(module)
-    return ops.top_k(F.softmax(ops.linear(x, router.weight), dim=-1), router.top_k)
+    return ops.top_k(F.softmax(ops.linear(x, router.weight), dim=-1), _top_k(module, router))
 
 
 def _sum(module: Any, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
@@ -70,10 +70,15 @@ def _agrees(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> bool
 def _parts(module: nn.Module) -> tuple[Any, Any]:
     """The router and the experts, where `module` is made of these alone; else None for both."""
     children = list(module.children())
-    routers = [c for c in children if set(_tensors(c)) == {"weight"} and hasattr(c, "top_k")]
+    routers = [c for c in children if set(_tensors(c)) == {"weight"} and _top_k(module, c)]
     experts = [c for c in children if set(_tensors(c)) == {"gate_up_proj", "down_proj"}]
     whole = len(children) == 2 and len(_tensors(module)) == 3
     return (routers[0], experts[0]) if whole and routers and experts else (None, None)
+
+
+def _top_k(module: Any, router: Any) -> int:
+    """How many experts a token has, by the router or, where that is a plain layer, its owner."""
+    return int(getattr(router, "top_k", getattr(module, "top_k", 0)))
 
 
 def _tensors(module: nn.Module) -> list[str]:

@@ -96,8 +96,8 @@ def _block(width: int) -> int:
 
 
 def _parts(programs: int, room: int) -> int:
-    """Into how many parts the rows go: as many as fill the GPU, of four tiles or more each."""
-    return max(1, min(PROGRAMS // programs, room // (4 * ROWS), 64))
+    """Into how many parts the rows go: as many as fill the GPU, of two tiles or more each."""
+    return max(1, min(PROGRAMS // programs, room // (2 * ROWS), 64))
 
 
 @triton.jit
@@ -151,10 +151,12 @@ def attend_kernel(
         there = t < end
         keys = tl.load(
             k + row[:, None] * P + p[None, :], mask=there[:, None] & (p < P)[None, :], other=0
-        ).to(tl.float32)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        )
         if k_scale is not None:
+            scores = dot_int8(queries, tl.trans(keys))
             scores *= tl.load(k_scale + row, mask=there, other=0).to(tl.float32)[None, :]
+        else:
+            scores = tl.dot(queries, tl.trans(keys.to(tl.float32)), input_precision=PRECISION)
         scores = tl.where(
             (t[None, :] <= seen[:, None]) & there[None, :], scores * scale, float("-inf")
         )
@@ -165,10 +167,13 @@ def attend_kernel(
         total = total * before + tl.sum(weights, 1)
         values = tl.load(
             v + row[:, None] * V + c[None, :], mask=there[:, None] & (c < V)[None, :], other=0
-        ).to(tl.float32)
+        )
+        result *= before[:, None]
         if v_scale is not None:
             weights *= tl.load(v_scale + row, mask=there, other=0).to(tl.float32)[None, :]
-        result = result * before[:, None] + tl.dot(weights, values, input_precision=PRECISION)
+            result += dot_int8(weights, values)
+        else:
+            result += tl.dot(weights, values.to(tl.float32), input_precision=PRECISION)
         largest = larger
     if SPLIT:
         place = (pair.to(tl.int64) * tl.num_programs(0) * BLOCK_M + m) * parts + part
@@ -178,6 +183,15 @@ def attend_kernel(
     else:
         mask = inside[:, None] & (c < V)[None, :]
         tl.store(y + at * V + c[None, :], result / total[:, None], mask=mask)
+
+
+@triton.jit
+def dot_int8(x, q):
+    """Floats up to 65504 times int8: each as two float16, with 22 of its bits; integers exactly."""
+    q = q.to(tl.float16)
+    high = x.to(tl.float16)
+    low = (x - high.to(tl.float32)).to(tl.float16)
+    return tl.dot(high, q) + tl.dot(low, q)
 
 
 @triton.jit
