@@ -37,6 +37,10 @@ class Diff:
     nodes_before: int = 0
     nodes_after: int = 0
 
+    def __bool__(self) -> bool:
+        """Whether anything is different."""
+        return bool(self.removed or self.added or self.params)
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)

@@ -92,6 +92,8 @@ def run_pass(g: Graph, p: Pass, context: Context) -> Record:
     record.diff = difference(before, Snapshot.of(g))
     if p.stage != "analyse":
         record.error = _parity(g, p, context, expected)
+    if not (record.matched or record.skipped or record.diff):
+        record.notes.append("the model has nothing for it")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Where attention, gated MLPs and mixtures of experts are in a graph, found by following values."""
+"""Where attention, MLPs and mixtures of experts are in a graph, found by following values."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ class GatedMlp:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class PlainMlp:
+    """down_proj(act(up_proj(x))): what down_proj reads, and the layers around it.
+
+    The activation is one function of single elements or several, as in relu(x) ** 2 (So et al.
+    2021, 'Primer', arXiv 2109.08668, section 3).
+    """
+
+    product: fx.Node
+    up_proj: fx.Node
+    down_proj: fx.Node
+
+    def parts(self) -> dict[str, fx.Node]:
+        """The linear layers by role."""
+        return {"up_proj": self.up_proj, "down_proj": self.down_proj}
+
+
 def is_scaling(node: fx.Node) -> bool:
     """Whether a call multiplies by a number, which every linear map commutes with."""
     return is_call(node, "mul", "truediv") and isinstance(node.args[1], int | float)
@@ -76,8 +93,8 @@ def read_by(value: fx.Node) -> list[fx.Node]:
 
 
 def roles(g: Graph) -> dict[fx.Node, str]:
-    """The roles of calls of attention, of gated MLPs and experts, and of their routers."""
-    parts = [found.parts() for found in attentions(g)] + [mlp.parts() for mlp in gated_mlps(g)]
+    """The roles of calls of attention, of MLPs and experts, and of their routers."""
+    parts = [found.parts() for found in (*attentions(g), *mlps(g))]
     named = {node: role for named in parts for role, node in named.items()}
     return named | dict.fromkeys(_routers(g), "router")
 
@@ -91,10 +108,11 @@ def _routers(g: Graph) -> list[fx.Node]:
 
 def attentions(g: Graph) -> list[Attention]:
     """Every call of attention."""
-    return [_attention(n) for n in g.nodes if is_call(n, *ATTENTIONS)]
+    return [attention_of(n) for n in g.nodes if is_call(n, *ATTENTIONS)]
 
 
-def _attention(call: fx.Node) -> Attention:
+def attention_of(call: fx.Node) -> Attention:
+    """A call of attention, with the layers around it."""
     given = operands(call)
     q, k, v = (_projection(given[name]) for name in ("q", "k", "v"))
     behind = (n for n in readers(call) if is_call(n, "ssmc::linear"))
@@ -111,6 +129,30 @@ def _projection(value: fx.Node) -> fx.Node | None:
             return None
         value = found
     return value
+
+
+def mlps(g: Graph) -> list[GatedMlp | PlainMlp]:
+    """Every MLP, of experts as well."""
+    return [*gated_mlps(g), *plain_mlps(g)]
+
+
+def plain_mlps(g: Graph) -> list[PlainMlp]:
+    """Every linear layer that reads an activation, and no more, of what another gives."""
+    found = (_plain_mlp(n) for n in g.nodes if is_call(n, *LINEARS))
+    return [mlp for mlp in found if mlp is not None]
+
+
+def _plain_mlp(down: fx.Node) -> PlainMlp | None:
+    value = product = operands(down)["x"]
+    while is_call(value, *_ACTIVATIONS) or _is_power(value):
+        value = computed_by(value.all_input_nodes[0])
+    if value is product or not is_call(value, *LINEARS):
+        return None
+    return PlainMlp(product, value, down)
+
+
+def _is_power(node: fx.Node) -> bool:
+    return is_call(node, "pow") and isinstance(node.args[1], int | float)
 
 
 def gated_mlps(g: Graph) -> list[GatedMlp]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from ssmc.core import is_call
 from ssmc.core.dialect import operands
-from ssmc.passes._transformer import Attention, is_scaling
+from ssmc.passes._transformer import ATTENTIONS, Attention, attention_of, is_scaling
+from ssmc.passes.ssm_sites import source
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,28 @@ class ValuePath:
         groups = operands(found.call)["v"].meta["val"].shape[-2]
         return cls(found.v_proj, found.o_proj, groups, heads, width)
 
+    def by_row(self, columns: Tensor) -> Tensor:
+        """[heads / groups, ..., groups * width] of o_proj's columns [..., heads * width].
+
+        Those of a row of v_proj stand in its place, one behind the other in the first dimension.
+        """
+        shape = (self.groups, self.heads // self.groups, self.width)
+        return columns.unflatten(-1, shape).movedim(-2, 0).flatten(-2)
+
+    def by_column(self, rows: Tensor) -> Tensor:
+        """[heads * width] of v_proj's rows [groups * width]: for each column of o_proj its row."""
+        grouped = rows.view(self.groups, 1, self.width)
+        return grouped.expand(-1, self.heads // self.groups, -1).flatten()
+
 
 def _missing(found: Attention) -> str:
     return "values" if found.v_proj is None else "output"
+
+
+def values_behind(x: fx.Node) -> ValuePath | None:
+    """The path whose o_proj reads `x`, if `x` is what attention gives; LookupError as `of`."""
+    call = source(x)
+    return ValuePath.of(attention_of(call)) if is_call(call, *ATTENTIONS) else None
 
 
 def _check_up(call: fx.Node, v_proj: fx.Node) -> None:

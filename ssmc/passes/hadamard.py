@@ -11,7 +11,7 @@ import ssmc.ops
 from ssmc.core import Context, Graph, Pass, register
 from ssmc.core.dialect import operands
 from ssmc.passes._residual import ResidualStream
-from ssmc.passes._transformer import Attention, attentions, gated_mlps
+from ssmc.passes._transformer import Attention, attentions, mlps
 from ssmc.passes._values import ValuePath
 from ssmc.passes.linears import Linear, describe
 from ssmc.quant.rotation import check_block, largest_block
@@ -26,7 +26,7 @@ class Hadamard(Pass):
     With:      out_proj_H(hadamard(y)),  out_proj_H.weight = W H
 
     y is the output of a scan (Quamba, Chiang et al. 2024, arXiv 2410.13229, section 4.3), that of
-    attention in front of o_proj, and the product of a gated MLP in front of down_proj (QuaRot,
+    attention in front of o_proj, and what an MLP has in front of down_proj (QuaRot,
     Ashkboos et al. 2024, arXiv 2404.00456, section 4): its outliers spread over all channels.
     `block`: size of the rotation (default: the largest of known order that divides the width).
     `residual=true` rotates the residual stream as well, offline: embedding, head, and what reads
@@ -52,7 +52,7 @@ class Hadamard(Pass):
         for found in attentions(g):
             if not (self.values and self._rotate_values(g, found)):
                 ends.append((found.call, found.o_proj))
-        ends += [(mlp.product, mlp.down_proj) for mlp in gated_mlps(g)]
+        ends += [(mlp.product, mlp.down_proj) for mlp in mlps(g)]
         for call, projection in ends:
             if projection is None:
                 g.skip(call, "its output reaches no linear layer")

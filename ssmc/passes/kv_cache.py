@@ -45,7 +45,8 @@ class KvCache(Pass):
             else:
                 _hold_integers(g, append, cache)
                 g.match(append)
-        g.note(f"caches take {_bytes(g)} bytes a token, before {before}")
+        if g.matched:
+            g.note(f"caches take {_bytes(g)} bytes a token, before {before}")
 
 
 def _hold_integers(g: Graph, append: fx.Node, cache: fx.Node) -> None:

@@ -31,7 +31,7 @@ class Linear:
     def role(self) -> str:
         """in_proj, x_proj, dt_proj, out_proj; q_proj, k_proj, v_proj, o_proj; head; or linear.
 
-        Of gated MLPs and experts gate_proj and up_proj, or gate_up_proj, and down_proj; router.
+        Of MLPs and experts gate_proj and up_proj, or gate_up_proj, and down_proj; router.
         """
         return str(self.node.meta.get("role") or "linear")
 
@@ -47,9 +47,9 @@ class Linears(Pass):
     """Find the linear layers, the embedding, the norms and the head; give each its role.
 
     Replaces:  nothing
-    With:      roles (embedding, norm, head; of attention q_proj, k_proj, v_proj, o_proj; of gated
-               MLPs and experts gate_proj, up_proj, gate_up_proj, down_proj; router; ssm-sites names
-               the others) and the list of linear layers, which other passes ask for
+    With:      roles (embedding, norm, head; of attention q_proj, k_proj, v_proj, o_proj; of MLPs
+               and experts gate_proj, up_proj, gate_up_proj, down_proj; router; ssm-sites names the
+               others) and the list of linear layers, which other passes ask for
     """
 
     name = "linears"

@@ -12,6 +12,7 @@ from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
 from ssmc.passes._calibration import observe
 from ssmc.passes._transformer import LINEARS, gated_mlp
+from ssmc.passes._values import ValuePath, values_behind
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import NORMS, source
 from ssmc.quant.observers import Absmax
@@ -27,8 +28,9 @@ class Smooth(Pass):
 
     SmoothQuant (Xiao et al. 2023, arXiv 2211.10438), equation 4. The division is folded into
     what produces x, where that is legal: a norm's weight (in_proj, head, and out_proj behind a
-    gated norm), the rows of x_proj (dt_proj), or those of up_proj (down_proj), by which the gate is
-    multiplied. It is not across a SiLU, or where both factors of a product are computed otherwise.
+    gated norm), the rows of x_proj (dt_proj), those of up_proj (down_proj), by which the gate is
+    multiplied, or those of v_proj (o_proj), where the heads that read a group of values share its
+    factors. It is not across a SiLU, or where both factors of a product are computed otherwise.
     """
 
     name = "smooth"
@@ -51,8 +53,15 @@ class Smooth(Pass):
             weights = [g.param(linear.weight) for linear in linears]
             width = weights[0].shape[-1]
             absmax = observers[x].channel().reshape(-1, width).amax(0)  # over a token's experts
-            s = factors(absmax, weights, self.alpha)
-            divide(g, x, s)
+            path = values_behind(x)
+            if path is None:
+                s = factors(absmax, weights, self.alpha)
+                divide(g, x, s)
+            else:
+                rows = [path.by_row(weight) for weight in weights]
+                shared = factors(path.by_row(absmax).amax(0), rows, self.alpha)
+                _divide_values(g, path, shared)
+                s = path.by_column(shared)
             for linear, weight in zip(linears, weights, strict=True):
                 g.set_param(linear.weight, weight * s)
                 g.match(linear.node)
@@ -63,13 +72,21 @@ class Smooth(Pass):
             g.skip(tied.node, f"its weight is tied: {tied.weight.target}")
         elif set(x.users) != {linear.node for linear in linears}:
             g.skip(linears[0].node, "its input has another reader")
-        elif not _has_weight(x) and not _rows(x):
-            g.skip(
-                linears[0].node, f"{source(x).name}, which computes its input, cannot take a factor"
-            )
         else:
-            return True
+            reason = _unfit(x)
+            if reason is None:
+                return True
+            g.skip(linears[0].node, f"{source(x).name}, which computes its input, {reason}")
         return False
+
+
+def _unfit(x: fx.Node) -> str | None:
+    """Why what computes `x` cannot divide it; None where it can."""
+    try:
+        path = values_behind(x)
+    except LookupError as error:
+        return f"cannot take a factor: {error.args[0]}"
+    return None if path or _has_weight(x) or _rows(x) else "cannot take a factor"
 
 
 def by_input(linears: list[Linear]) -> dict[fx.Node, list[Linear]]:
@@ -102,6 +119,14 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
     bias = operands(x).get("bias")
     if bias is not None:
         _set(g, x, "bias", g.param(bias) / s)
+
+
+def _divide_values(g: Graph, path: ValuePath, s: torch.Tensor) -> None:
+    """Make v_proj give its output divided by s [groups * width]."""
+    weight, bias = (operands(path.v_proj)[name] for name in ("weight", "bias"))
+    g.set_param(weight, g.param(weight) / s[:, None])
+    if bias is not None:
+        g.set_param(bias, g.param(bias) / s)
 
 
 def _set(g: Graph, x: fx.Node, name: str, value: torch.Tensor) -> None:

@@ -80,7 +80,8 @@ class State(Pass):
             else:
                 self._hold_integers(g, scan, state, (context.seed + number) % 2**31)
             g.match(scan)
-        g.note(f"states take {_bytes(g)} bytes a sequence, before {before}")
+        if g.matched:
+            g.note(f"states take {_bytes(g)} bytes a sequence, before {before}")
 
     def _unfit(self, g: Graph, state: fx.Node | None) -> str | None:
         if not isinstance(state, fx.Node) or state.name not in {spec.name for spec in g.states}:

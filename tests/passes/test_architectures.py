@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
+
 import pytest
-from core.tiny import error
+from core.tiny import apply, error
 from frontend.models import ARCHITECTURES, build, tokens
 from tiny import compile_tiny
 
-from ssmc.core import Context, make_plan, run_passes
+from ssmc.core import Context, Graph, make_plan, run_passes
 from ssmc.core.dialect import operands
 from ssmc.core.options import parse_passes
 from ssmc.frontend import trace
@@ -39,3 +42,83 @@ def test_everything_in_eight_bits(architecture: str) -> None:
     assert {c.form for c in found} == {"sequence", "step"}
     assert all(c.differing == 0 and c.error == 0 for c in found)
     assert compiled.about["metrics"]["probe_signal_to_noise_db"] > 20
+
+
+# -- what is left out, and why --------------------------------------------------------------------
+
+READ = "its input has another reader"
+SCANNED = "selective_scan, which computes its input, cannot take a factor"
+MULTIPLE = ", which computes its input, cannot take a factor"  # a norm times a number
+TIED = "its weight is tied: backbone.embeddings.weight"
+MAMBA = {("x_proj", READ): 3, ("out_proj", SCANNED): 3}
+FALCON_H1 = {("q_proj", MULTIPLE): 3, ("linear", MULTIPLE): 3}
+NOT_SMOOTHED = {
+    "mamba": MAMBA | {("head", TIED): 1},
+    "mamba-no-conv-bias": MAMBA | {("head", TIED): 1},
+    "falcon": MAMBA | {("head", TIED): 1},
+    "jamba": MAMBA,
+    "llama-biases": {("down_proj", MULTIPLE): 3},  # up_proj has a bias
+    "falcon-h1": FALCON_H1 | {("out_proj", MULTIPLE): 3},
+    "falcon-h1-norm": FALCON_H1,
+    "nemotron": {("down_proj", MULTIPLE): 1},  # behind relu(x) ** 2
+}
+SMALL = {"x_proj", "dt_proj", "router"}
+NOTHING = ["the model has nothing for it"]
+
+
+@functools.cache
+def _traced(architecture: str) -> Graph:
+    return trace(build(architecture))
+
+
+def _skipped(architecture: str, passes: str, name: str) -> Counter[tuple[str, str]]:
+    """Role and reason of what the pass `name` left."""
+    g, batch = _traced(architecture).copy(), (tokens(4, 33),)
+    record = apply(g, passes, Context([batch], batch))[name]
+    return Counter(
+        (g.node(e["node"]).meta["role"] or "linear", e["reason"]) for e in record.skipped
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_not_smoothed(architecture: str) -> None:
+    found = _skipped(architecture, "smooth", "smooth")
+    expected = NOT_SMOOTHED.get(architecture, {})
+    assert Counter(role for role, _ in found.elements()) == Counter(
+        role for (role, _), count in expected.items() for _ in range(count)
+    )
+    for role, reason in found:
+        assert any(role == of and reason.endswith(end) for of, end in expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("scope", ["inout", "all"])
+def test_which_layers_stay_in_float_with_weights_alone_quantised(
+    architecture: str, scope: str
+) -> None:
+    few = f"quantise{{weights=4,group=8,activations=16,scope={scope}}}"
+    found = _skipped(architecture, f"absmax,{few}", "quantise")
+    roles = {n.meta["role"] for n in _traced(architecture).nodes if n.meta.get("role")}
+    assert {role for role, _ in found} == (SMALL & roles if scope == "inout" else set())
+    assert {reason for _, reason in found} <= {"out of scope, so in float"}
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2", "llama", "jamba", "nemotron"])
+@pytest.mark.parametrize(
+    ("passes", "operator"),
+    [
+        ("state{bits=8}", "scan"),
+        ("reconstruct{steps=1,length=8},state{bits=8}", "scan"),
+        ("sort-and-cluster", "scan"),
+        ("kv-cache", "cache_append"),
+    ],
+)
+def test_passes_for_what_a_model_does_not_have_say_so(
+    architecture: str, passes: str, operator: str
+) -> None:
+    g, batch = _traced(architecture).copy(), (tokens(4, 33),)
+    here = any(operator in str(node.target) for node in g.nodes)
+    for record in apply(g, passes, Context([batch], batch)).values():
+        if record.name in passes:
+            assert (record.notes == NOTHING) == (not here)
+            assert bool(record.matched or record.skipped) == here

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.tiny import WIDTH, apply, error, graph, logits
+from core.tiny import WIDTH, apply, error, graph, logits, values
 from frontend.models import build, tokens
 from tiny import compile_tiny
 from torch import Tensor, nn
@@ -71,6 +71,33 @@ def test_nothing_is_rotated_online_for_it(architecture: str) -> None:
         assert one.o_proj is not None
         assert operands(one.o_proj)["x"].target is not torch.ops.ssmc.hadamard.default
     assert error(g(*batch)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_smoothing_divides_the_rows_of_v_proj(biases: bool) -> None:
+    g, width = graph("llama", attention_bias=biases), WIDTH // HEADS
+    apply(g, "linears")
+    (x,) = (n.args[0] for n in g.calls("ssmc::linear") if n.meta["owner"] == f"{ATTENTION}.o_proj")
+    (v,) = (n for n in g.calls("ssmc::linear") if n.meta["owner"] == f"{ATTENTION}.v_proj")
+    before, expected, params = values(g, x.name, v.name), logits(g), g.params()
+    record = apply(g, "smooth")["smooth"]
+    assert record.skipped == []
+    # Two heads of queries read a group of values, so that they have its factors.
+    o_proj = f"{ATTENTION}.o_proj.weight"
+    largest = before[x.name].flatten(0, -2).abs().amax(0).view(GROUPS, -1, width).amax(1)
+    columns = params[o_proj].abs().amax(0).view(GROUPS, -1, width).amax(1)
+    s = (largest / columns).sqrt()
+    assert error(g.params()[o_proj], params[o_proj] * s.repeat_interleave(2, 0).flatten()) < 1e-5
+    assert error(values(g, v.name)[v.name], before[v.name] / s.flatten()) < 1e-5
+    assert error(logits(g), expected) < 3e-6
+
+
+def test_smoothing_stops_at_a_rotation_in_front_of_o_proj() -> None:
+    g = graph("llama")
+    record = apply(g, "hadamard,smooth")["smooth"]
+    (reason,) = {e["reason"] for e in record.skipped if e["node"].endswith("1_self_attn_o_proj")}
+    assert "attention, which computes its input, cannot take a factor" in reason
+    assert "o_proj_hadamard stands between it and" in reason
 
 
 def test_caches_hold_rotated_values() -> None:
