@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ssmc.errors import UsageError
 from ssmc.runtime import CompiledModel, Session, load
+from ssmc.runtime.padding import real_tokens
 
 
 class SessionCache:
@@ -120,7 +122,7 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         `attention_mask` [batch, all tokens so far] is 0 where a row is padded: padding is not run,
         so a row gives what it gives alone, and zeros where it is padded. `logits_to_keep` is how
         many of the last positions are wanted (0: all). Raises TypeError for arguments that a
-        compiled model cannot serve, ValueError for a mask with holes.
+        compiled model cannot serve, UsageError for a mask with holes.
         """
         _refuse(given)
         if input_ids is None:
@@ -153,7 +155,7 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
                 return session.prefill(ids)[:, None]
             return session.score(ids)[:, -keep:]
         if cache.tokens:
-            raise ValueError("attention_mask has zeros behind tokens that were run already")
+            raise UsageError("attention_mask has zeros behind tokens that were run already")
         prompts = [row[start:end] for row, (start, end) in zip(ids, rows, strict=True)]
         if keep == 1 and all(end == ids.shape[1] for _, end in rows):
             return session.prefill_each(prompts)[:, None]
@@ -162,24 +164,6 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         for row, (start, end), found in zip(logits, rows, scored, strict=True):
             row[start:end] = found
         return logits[:, -keep:]
-
-
-def real_tokens(mask: Tensor) -> list[tuple[int, int]] | None:
-    """Where the tokens of each row of a mask [batch, length] begin and end; None for all.
-
-    Raises ValueError for a row with a hole or with nothing.
-    """
-    present = mask.bool()
-    if bool(present.all()):
-        return None
-    spans = []
-    for row, found in enumerate(present.cpu()):
-        places = found.nonzero().flatten().tolist()
-        if not places or len(places) != places[-1] - places[0] + 1:
-            what = "nothing but padding" if not places else "a hole"
-            raise ValueError(f"row {row} of attention_mask has {what}: pad at an end of a row")
-        spans.append((places[0], places[-1] + 1))
-    return spans
 
 
 _IGNORED = {"position_ids", "cache_position"}  # which the states know

@@ -15,10 +15,11 @@ from torch import nn
 
 from ssmc.core import Graph, States
 from ssmc.device import device_of, find_device, move, running_on
-from ssmc.errors import DeviceError
+from ssmc.errors import DeviceError, UsageError
 from ssmc.lowering import Form, Lowered, lower
 from ssmc.runtime.arguments import generate
 from ssmc.runtime.artefact import TENSORS, Artefact, read_artefact, write_artefact
+from ssmc.runtime.padding import real_tokens, run_padded
 from ssmc.runtime.session import LARGEST_PIECE, Session
 
 Execution = Literal["simulated", "lowered"]
@@ -84,15 +85,33 @@ class CompiledModel(nn.Module):
             self._forms[form] = lower(self.graph, self.backend, form)
         return self._forms[form]
 
-    def forward(self, *inputs: torch.Tensor, states: States | None = None) -> tuple[Any, States]:
+    def forward(
+        self,
+        *inputs: torch.Tensor,
+        states: States | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[Any, States]:
         """The result and the new states; for a language model logits [batch, length, vocabulary].
 
         States start fresh where none are given; those given stay as they are. Those of simulated
         and lowered execution have different dtypes and do not mix. Inputs may be on any device.
+
+        `attention_mask` [batch, length] is 0 where a row of token ids is padded, at either end:
+        padding is not run, logits are zero there, and a row gives what it gives alone. Raises
+        UsageError for a mask with holes, and for padding behind states that are given.
         """
         program = self.lowered.graph if self.execution == "lowered" else self.graph
+        spans = None if attention_mask is None else real_tokens(attention_mask)
         with running_on(self.device):
-            return program(*(x.to(self.device) for x in inputs), states=states)
+            given = [x.to(self.device) for x in inputs]
+            if spans is None:
+                return program(*given, states=states)
+            if states is not None or len(given) > 1:
+                raise UsageError(
+                    "padding goes with token ids of fresh sequences",
+                    hint="leave attention_mask out where states are given",
+                )
+            return run_padded(program, given[0], spans, program.states)
 
     def session(self, batch: int = 1, *, prefill_piece: int = LARGEST_PIECE) -> Session:
         """`batch` fresh sequences that grow token by token, as fast as the backend can.

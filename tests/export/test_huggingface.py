@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import ssmc
 from ssmc.errors import ArtefactError, UsageError
 from ssmc.export import export
-from ssmc.integrations.model import real_tokens
 from ssmc.integrations.quantizer import SsmcConfig, SsmcQuantizer
 from ssmc.runtime import CompiledModel
 
@@ -186,8 +185,8 @@ def test_it_is_on_one_device_and_in_one_dtype(model: Any) -> None:
         ({"inputs_embeds": torch.zeros(1, 3, 4)}, TypeError, "no argument inputs_embeds"),
         ({"output_hidden_states": True}, TypeError, "no argument output_hidden_states"),
         ({"past_key_values": object()}, TypeError, "not what this model returned"),
-        ({"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "a hole"),
-        ({"attention_mask": torch.tensor([[0, 0, 0]])}, ValueError, "nothing but padding"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, UsageError, "a hole"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, UsageError, "nothing but padding"),
     ],
 )
 def test_what_it_cannot_serve_is_refused(
@@ -200,13 +199,8 @@ def test_what_it_cannot_serve_is_refused(
 def test_padding_after_the_first_call_is_refused(model: Any) -> None:
     first = model(torch.tensor([[1, 2, 3]]))
     mask = torch.tensor([[1, 1, 1, 0, 1]])
-    with pytest.raises(ValueError, match="behind tokens that were run"):
+    with pytest.raises(UsageError, match="behind tokens that were run"):
         model(torch.tensor([[4, 5]]), attention_mask=mask, past_key_values=first.past_key_values)
-
-
-def test_where_the_tokens_of_a_row_are() -> None:
-    assert real_tokens(torch.ones(2, 3)) is None
-    assert real_tokens(torch.tensor([[0, 1, 1], [1, 1, 0]])) == [(1, 3), (0, 2)]
 
 
 def test_files_of_the_hub_are_found_in_its_cache(
