@@ -39,6 +39,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "flatten": torch.flatten,
     "flip": torch.flip,
     "floordiv": operator.floordiv,
+    "gather": torch.gather,
     "gelu": F.gelu,
     "getitem": operator.getitem,
     "log": torch.log,

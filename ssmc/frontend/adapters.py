@@ -40,6 +40,7 @@ LAYERS = (
     Adapter(attention.is_rotary, attention.rotary),
     Adapter(experts.is_mixture, experts.mixture),
     Adapter(experts.is_even_mixture, experts.even_mixture),
+    Adapter(experts.is_shared_mixture, experts.shared_mixture),
 )
 _registered: list[Adapter] = []
 

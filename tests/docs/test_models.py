@@ -19,7 +19,7 @@ from ssmc.errors import UnsupportedError
 from ssmc.frontend import trace
 from ssmc.lowering import Backend, lower
 from ssmc.lowering.backends.triton import KERNELS
-from ssmc.runtime import CompiledModel
+from ssmc.runtime import Artefact, CompiledModel
 from ssmc.runtime.verify import verify
 
 from .blocks import ROOT
@@ -32,13 +32,17 @@ MODELS = {
     "Jamba": "jamba",
     "Bamba": "bamba",
     "GraniteMoeHybrid": "granite",
-    "NemotronH, without experts": "nemotron",
+    "NemotronH": "nemotron",
+    "NemotronH with experts": "nemotron-experts",
     "FalconH1": "falcon-h1",
     "Llama": "llama",
     "Qwen3": "qwen3",
     "Zamba2": "zamba2",
 }
-HEAD = "| architecture | trace | prefill | decode | W8A8 | W4A16 | without a Triton kernel |"
+HEAD = (
+    "| architecture | trace | bf16 | prefill | decode | padding | W8A8 | W4A16 "
+    "| without a Triton kernel |"
+)
 PARTS = {"attention": "int8_attention", "experts": "int8_expert_linear"}
 EIGHT = "hadamard,percentile,quantise,kv-cache"
 FOUR = "hadamard,absmax,quantise{weights=4,group=8,activations=16},gptq"
@@ -46,7 +50,7 @@ FOUR = "hadamard,absmax,quantise{weights=4,group=8,activations=16},gptq"
 
 @pytest.mark.slow
 def test_the_table_is_what_the_models_do() -> None:
-    found = [HEAD, "| --- " * 7 + "|", *(_row(name, kind) for name, kind in MODELS.items())]
+    found = [HEAD, "| --- " * 9 + "|", *(_row(name, kind) for name, kind in MODELS.items())]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(HEAD)
     after = rest.partition("\n\n")[2]
     page = before + "\n".join(found) + "\n\n" + after
@@ -59,12 +63,14 @@ def _row(name: str, kind: str) -> str:
     try:
         graph = trace(build(kind))
     except UnsupportedError:
-        return f"| {name} |" + " no |" * 5 + " |"
+        return f"| {name} |" + " no |" * 7 + " |"
     model, compiled = build(kind), compile_tiny(kind, EIGHT)
     checks = [
         _traces(model, graph),
+        _traces_in_16_bits(kind),
         _prefills(model, graph),
         _decodes(model, graph),
+        _pads(model, graph),
         _agrees(compiled),
         _agrees(compile_tiny(kind, FOUR)),
     ]
@@ -76,6 +82,32 @@ def _traces(model: nn.Module, graph: Graph) -> bool:
     return all(
         error(graph(ids)[0], logits(model, ids)) < 1e-5 for ids in (tokens(*s) for s in SHAPES)
     )
+
+
+def _traces_in_16_bits(kind: str) -> bool:
+    """Against the eager model in float32 with the weights that bfloat16 leaves."""
+    graph, ids = trace(build(kind).bfloat16()), tokens(2, 17)
+    return error(graph(ids)[0], logits(build(kind).bfloat16().float(), ids)) < 1e-5
+
+
+def _pads(model: nn.Module, graph: Graph) -> bool:
+    """Rows padded on the left against each alone, and the tokens that follow."""
+    compiled = CompiledModel(Artefact(graph), "reference")
+    ids, lengths = tokens(3, 9), (9, 2, 6)
+    mask = torch.tensor([[0] * (9 - n) + [1] * n for n in lengths])
+    found, following = (
+        compiled(ids, attention_mask=mask)[0],
+        compiled.generate(ids, 3, attention_mask=mask)[:, 9:],
+    )
+    for row, length in enumerate(lengths):
+        alone = ids[row : row + 1, -length:]
+        if error(found[row : row + 1, -length:], logits(model, alone)) >= 1e-5:
+            return False
+        for token in following[row]:
+            if logits(model, alone)[0, -1].argmax() != token:
+                return False
+            alone = torch.cat([alone, token.view(1, 1)], 1)
+    return True
 
 
 def _prefills(model: nn.Module, graph: Graph) -> bool:

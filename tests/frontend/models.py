@@ -23,6 +23,7 @@ ARCHITECTURES = [
     "falcon-h1",
     "falcon-h1-norm",
     "nemotron",
+    "nemotron-experts",
     "qwen3",
 ]
 
@@ -136,6 +137,19 @@ def build(architecture: str, **changes: Any) -> nn.Module:
         ),
         "zamba2": (hf.Zamba2ForCausalLM, hf.Zamba2Config, zamba2),
         "nemotron": (hf.NemotronHForCausalLM, hf.NemotronHConfig, nemotron),
+        "nemotron-experts": (
+            hf.NemotronHForCausalLM,
+            hf.NemotronHConfig,
+            {
+                **nemotron,
+                "layers_block_type": ["mamba", "attention", "moe"],
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "moe_shared_expert_intermediate_size": 20,
+                "routed_scaling_factor": 1.5,
+            },
+        ),
         "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {**llama, "head_dim": 10}),
         "falcon": (hf.FalconMambaForCausalLM, hf.FalconMambaConfig, {"state_size": 5}),
     }[architecture]

@@ -38,6 +38,27 @@ class Doubled(Even):
         return 2 * super().forward(x)
 
 
+def shared_mixture() -> Any:
+    model: Any = build("nemotron-experts")
+    found = model.model.layers[2].mixer
+    found.gate.e_score_correction_bias += torch.randn(4)  # changes who is chosen
+    return found
+
+
+class Unscaled(nn.Module):
+    """The same parts, put together otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = shared_mixture()
+        self.gate, self.experts, self.mlp = whole.gate, whole.experts, whole.shared_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        _, weights, index = self.gate(flat)
+        return self.experts(flat, index, weights).view(x.shape) - self.mlp(x)
+
+
 class Shared(Even):
     """One more expert that every token has."""
 
@@ -55,6 +76,8 @@ class Shared(Even):
     [
         (mixture, experts.mixture),
         (Even, experts.even_mixture),
+        (shared_mixture, experts.shared_mixture),
+        (Unscaled, None),
         (Doubled, None),
         (Shared, None),
         (lambda: mixture().experts, None),
@@ -65,7 +88,7 @@ def test_mixtures_are_told_apart(make: Any, forward: object, device: str) -> Non
     assert (adapter and adapter.forward) is forward
 
 
-@pytest.mark.parametrize("make", [mixture, Even])
+@pytest.mark.parametrize("make", [mixture, Even, shared_mixture])
 def test_mixtures_compute_the_same(make: Any) -> None:
     module, x = make(), torch.randn(3, 7, 24)
     g = trace(module, x)
