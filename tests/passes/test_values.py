@@ -222,6 +222,7 @@ def test_the_layer_that_those_are_changed_from_is_rotated() -> None:
 def test_values_of_trained_models_are_rounded_like_those_without_outliers(
     name: str, outliers: bool, shared_model: FindPath, shared_data: FindPath
 ) -> None:
+    """The figures in docs/accuracy.md: the error of cached values and keys by int8."""
     model = load_model(str(shared_model(name)))
     texts = read_texts(shared_data("test.jsonl"))
     assert model.tokenizer is not None
@@ -232,12 +233,19 @@ def test_values_of_trained_models_are_rounded_like_those_without_outliers(
     assert record.skipped == []
     actual, after = g(windows)
     assert error(actual, expected) < 2e-6
-    normal = _rounding({"of_v": torch.randn(10000, 64)})
-    assert (_rounding(before) > 1.2 * normal) == outliers
-    assert _rounding(after) < 1.05 * normal
+    normal = _rounding([torch.randn(10000, 64)])
+    values_before, values_after, keys = (
+        [state for name, state in states.items() if name.endswith(kind)]
+        for states, kind in ((before, "_v"), (after, "_v"), (before, "_k"))
+    )
+    assert (_rounding(values_before) > 1.2 * normal) == outliers
+    assert _rounding(values_after) < 1.05 * normal
+    turned = [ops.hadamard(k.contiguous(), k.shape[-1]) for k in keys]
+    found = {"values": values_before, "rotated values": values_after}
+    found |= {"keys": keys, "rotated keys": turned}
+    print({kind: f"{100 * _rounding(each):.2f} %" for kind, each in found.items()})
 
 
-def _rounding(states: dict[str, Tensor]) -> float:
-    """The relative error of cached values by int8, of the layer where it is largest."""
-    kept = [value for name, value in states.items() if name.endswith("_v")]
+def _rounding(kept: list[Tensor]) -> float:
+    """The relative error that int8 makes, of the layer where it is largest."""
     return max(error(ops.dequantize(*ops.quantize_dynamic(v)), v) for v in kept)
