@@ -11,8 +11,9 @@ from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
 from ssmc.passes._calibration import observe
+from ssmc.passes._rows import Rows
 from ssmc.passes._transformer import LINEARS, gated_mlp
-from ssmc.passes._values import ValuePath, values_behind
+from ssmc.passes._values import values_behind
 from ssmc.passes.linears import Linear
 from ssmc.passes.ssm_sites import NORMS, source
 from ssmc.quant.observers import Absmax
@@ -60,7 +61,7 @@ class Smooth(Pass):
             else:
                 rows = [path.by_row(weight) for weight in weights]
                 shared = factors(path.by_row(absmax).amax(0), rows, self.alpha)
-                _divide_values(g, path, shared)
+                divide_rows(g, Rows(path.v_proj, 0, len(shared)), shared)
                 s = path.by_column(shared)
             for linear, weight in zip(linears, weights, strict=True):
                 g.set_param(linear.weight, weight * s)
@@ -108,10 +109,7 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
     """Make what computes `x` give `x / s` instead."""
     rows = _rows(x)
     if rows is not None:
-        weight, start, stop = rows
-        scaled = g.param(weight).clone()
-        scaled[..., start:stop, :] /= s[:, None]
-        g.set_param(weight, scaled)
+        divide_rows(g, rows, s)
         return
     gamma = operands(x)["weight"]
     value = (1 if gamma is None else g.param(gamma)) / s
@@ -121,12 +119,14 @@ def divide(g: Graph, x: fx.Node, s: torch.Tensor) -> None:
         _set(g, x, "bias", g.param(bias) / s)
 
 
-def _divide_values(g: Graph, path: ValuePath, s: torch.Tensor) -> None:
-    """Make v_proj give its output divided by s [groups * width]."""
-    weight, bias = (operands(path.v_proj)[name] for name in ("weight", "bias"))
-    g.set_param(weight, g.param(weight) / s[:, None])
-    if bias is not None:
-        g.set_param(bias, g.param(bias) / s)
+def divide_rows(g: Graph, rows: Rows, s: torch.Tensor) -> None:
+    """Make a linear layer give the outputs of these rows divided by s [stop - start]."""
+    given = operands(rows.linear)
+    for param, by in ((given["weight"], s[:, None]), (given.get("bias"), s)):
+        if param is not None:
+            scaled = g.param(param).clone()
+            scaled.narrow(-by.dim(), rows.start, len(s)).div_(by)
+            g.set_param(param, scaled)
 
 
 def _set(g: Graph, x: fx.Node, name: str, value: torch.Tensor) -> None:
@@ -147,8 +147,8 @@ def _has_weight(x: fx.Node) -> bool:
     return all(param is None or param.op == "get_attr" for param in given)
 
 
-def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """The weight rows that compute `x`: a part of a bias-free linear layer's output, read once.
+def _rows(x: fx.Node) -> Rows | None:
+    """The rows that compute `x`: a part of a linear layer's output, read once.
 
     Or the factor of `x` that a linear layer computes, where `x` is the product of a gated MLP.
     """
@@ -161,18 +161,18 @@ def _rows(x: fx.Node) -> tuple[fx.Node, int, int] | None:
     if not is_call(parts, "split") or sum(user.args[1] == index for user in parts.users) > 1:
         return None
     linear, sizes, dim = operands(parts).values()
-    rows = _all_rows(linear)
-    if dim != -1 or rows is None:
+    if dim != -1 or _all_rows(linear) is None:
         return None
     start = sum(sizes[:index])
-    return rows[0], start, start + sizes[index]
+    return Rows(linear, start, start + sizes[index])
 
 
-def _all_rows(linear: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """The weight rows of a bias-free linear layer whose output is read once."""
+def _all_rows(linear: fx.Node) -> Rows | None:
+    """The rows of a linear layer whose output is read once, and whose parameters are its own."""
     if not is_call(linear, *LINEARS) or len(linear.users) > 1:
         return None
-    weight, bias = operands(linear)["weight"], operands(linear).get("bias")
-    if bias is not None or weight.op != "get_attr" or len(weight.users) > 1:
+    given = operands(linear)
+    params = [p for p in (given["weight"], given.get("bias")) if p is not None]
+    if any(p.op != "get_attr" or len(p.users) > 1 for p in params):
         return None
-    return weight, 0, weight.meta["val"].shape[-2]
+    return Rows(linear, 0, given["weight"].meta["val"].shape[-2])
