@@ -45,6 +45,12 @@ def check_block(width: int, block: int) -> None:
         )
 
 
+def base_factor(block: int) -> tuple[int, Tensor]:
+    """The order m of the Paley matrix in `hadamard_matrix(block)`, and that matrix [m, m]."""
+    base, _ = _factor(block)
+    return base, _base_matrix(base)
+
+
 def rotate(x: Tensor, block: int) -> Tensor:
     """H x / sqrt(block) for each run of `block` entries of the last dimension of x.
 

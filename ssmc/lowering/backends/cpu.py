@@ -1,65 +1,105 @@
-"""The `cpu` backend: int8 operands, with sums that stay exact in the fastest unit at hand.
+"""The `cpu` backend: int8 kernels that Numba compiles for the processor at hand.
 
-A product of 8-bit integers is at most 2^14, so 1,024 of them add up exactly in float32, whose
-matrix product every CPU does at full rate; torch's int8 product is 10 to 30 times slower where
-oneDNN finds no VNNI.
+Numba is imported when a graph is lowered for it, not before. Where it is missing, the operators run
+as plain torch: the integer ones with sums that stay exact in the fastest unit at hand.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
 
-from ssmc import ops
-from ssmc.lowering.backends.backend import Backend
+from ssmc.lowering.backends import plain
+from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
+from ssmc.lowering.fusion import FUSIONS, SPLITS
+from ssmc.lowering.steps import STEPS
 
-EXACT = 1024  # 127 * 127 * 1024 < 2^24, the integers float32 holds without gaps
+KERNELS: dict[str, tuple[str, ...]] = {
+    "conv1d": (
+        "int8_causal_conv1d",
+        "int8_causal_conv1d_quantize",
+        "int8_causal_conv1d_split",
+    ),
+    "embedding": ("int8_embedding",),
+    "linear": ("int8_linear", "int8_linear_add", "int8_linear_quantize", "int8_linear_split"),
+    "norm": (
+        "add_rms_norm_quantize",
+        "gated_norm_quantize",
+        "hadamard",
+        "hadamard_quantize",
+        "rms_norm_quantize",
+    ),
+    "quantize": ("quantize", "quantize_dynamic"),
+    "selective_scan": ("int8_selective_scan",),
+    "ssd_scan": ("int8_ssd_scan",),
+    "steps": (
+        "in_proj_conv_step",
+        "int8_ssd_scan_state",
+        "norm_linear_step",
+        "selective_scan_step",
+        "ssd_scan_step",
+    ),
+}
+"""Operators by the module of `ssmc.kernels.cpu` that has their kernel, under its name."""
+
+FLOATS = Tolerance(error=1e-5)
+"""Floats made of exact integers: exponentials, and sums in another order."""
+
+STATIC = Tolerance(error=1e-5, flips=0.002)
+"""Integers with static scales, made of such floats."""
+
+DYNAMIC = Tolerance(error=2**-7, flips=0.15)
+"""Integers with scales of their own, made of such floats. Where the largest of a token lies at the
+edge of a step, its scale is one bfloat16 step off, and many of its integers by one."""
+
+PRODUCTS = Tolerance(error=2**-6)
+"""Products of integers that are made inside the call, and so may differ as in `DYNAMIC`."""
+
+TOLERANCES: dict[str, Tolerance] = {
+    "add_rms_norm_quantize": DYNAMIC,
+    "gated_norm_quantize": DYNAMIC,
+    "hadamard": FLOATS,
+    "hadamard_quantize": DYNAMIC,
+    "in_proj_conv_step": DYNAMIC,
+    "int8_causal_conv1d": FLOATS,
+    "int8_causal_conv1d_quantize": STATIC,
+    "int8_causal_conv1d_split": DYNAMIC,
+    "int8_selective_scan": FLOATS,
+    "int8_ssd_scan": FLOATS,
+    "int8_ssd_scan_state": Tolerance(error=1e-3),  # its state is rounded to 16 bits
+    "norm_linear_step": PRODUCTS,
+    "rms_norm_quantize": DYNAMIC,
+    "selective_scan_step": Tolerance(error=1e-3),  # its state may be rounded to 16 bits
+    "ssd_scan_step": PRODUCTS,  # B and C come as floats out of the convolution
+}
 
 
-def int8_linear(
-    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """As ssmc::int8_linear, bit for bit: x_q [..., K], w_q [N, K] -> float32 [..., N]."""
-    if w_q.dtype == torch.uint8:  # packed, in groups of scales that do not factor out
-        return ops.int8_linear(x_q, x_scale, w_q, w_scale, bias)
-    scale = x_scale * w_scale.reshape(-1)  # exact: two bfloat16 factors fit into float32
-    if x_q.shape[-1] <= EXACT:
-        y = (x_q.float() @ w_q.float().T).mul_(scale)
-    else:
-        y = _long_product(x_q, w_q).mul_(scale.double()).float()
-    return y if bias is None else y.add_(bias)
+@dataclass(frozen=True)
+class CPUBackend(Backend):
+    """A backend whose kernels are loaded when they are needed, and plain torch without Numba."""
+
+    def load(self) -> Kernels:
+        """The kernels."""
+        return _load()
 
 
-def _long_product(x_q: Tensor, w_q: Tensor) -> Tensor:
-    total = torch.zeros((*x_q.shape[:-1], w_q.shape[0]), dtype=torch.float64, device=x_q.device)
-    for x, w in zip(x_q.split(EXACT, -1), w_q.split(EXACT, -1), strict=True):
-        total += x.float() @ w.float().T
-    return total
+@functools.cache
+def _load() -> Kernels:
+    if importlib.util.find_spec("numba") is None:
+        return plain.KERNELS
+    modules = {name: importlib.import_module(f"ssmc.kernels.cpu.{name}") for name in KERNELS}
+    return {
+        f"ssmc::{name}": getattr(modules[module], name)
+        for module, names in KERNELS.items()
+        for name in names
+    }
 
 
-def int8_causal_conv1d(
-    x_q: Tensor,
-    x_scale: Tensor,
-    w_q: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None = None,
-    state_q: Tensor | None = None,
-    activation: str = "none",
-) -> tuple[Tensor, Tensor]:
-    """As ssmc::int8_causal_conv1d, bit for bit: x_q [B, L, C], w_q [C, K], state [B, K-1, C]."""
-    taps, length = w_q.shape[1], x_q.shape[1]
-    past = x_q.new_zeros(x_q.shape[0], taps - 1, x_q.shape[2]) if state_q is None else state_q
-    padded = torch.cat([past, x_q], 1)
-    inputs, weight = padded.float(), w_q.float()
-    y = inputs[:, :length] * weight[:, 0]
-    for k in range(1, taps):
-        y.addcmul_(inputs[:, k : k + length], weight[:, k])
-    y.mul_(x_scale * w_scale.reshape(-1))
-    y = y if bias is None else y.add_(bias)
-    return torch.nn.functional.silu(y) if activation == "silu" else y, padded[:, length:].clone()
-
-
-CPU = Backend(
+CPU = CPUBackend(
     "cpu",
-    {"ssmc::int8_linear": int8_linear, "ssmc::int8_causal_conv1d": int8_causal_conv1d},
+    rules=(FUSIONS, SPLITS),
+    step_rules=(FUSIONS, STEPS, SPLITS),
+    tolerances={f"ssmc::{name}": tolerance for name, tolerance in TOLERANCES.items()},
 )

@@ -1,0 +1,176 @@
+"""How kernels are launched: at once, and while a tape records, onto that as well.
+
+A kernel is a function of (arguments, thread, threads), all int64: the address of its arguments, and
+which share of the work to do. Arguments are int64 words: addresses of tensors, numbers, and the
+bits of float64.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+from torch import Tensor
+
+from ssmc.kernels.cpu.threads import threads
+
+_SIGNATURE = types.void(*[types.int64] * 3)
+_recording = threading.local()
+
+
+class Kernel:
+    """A compiled function; compiled, or loaded from where it is kept, at its first launch."""
+
+    def __init__(self, function: Callable[..., None], fastmath: set[str]) -> None:
+        self.function, self.fastmath = function, fastmath
+
+    @cached_property
+    def _compiled(self) -> Any:
+        options = {"fastmath": self.fastmath, "error_model": "numpy"}
+        return cfunc(_SIGNATURE, cache=True, **options)(self.function)
+
+    @cached_property
+    def address(self) -> int:
+        """Where its code is."""
+        return int(self._compiled.address)
+
+
+def kernel(*fastmath: str) -> Callable[[Callable[..., None]], Kernel]:
+    """A kernel whose floats may be treated as LLVM's `fastmath` flags say; it may always fuse.
+
+    `reassoc` lets sums of floats be vectorised. Integers do not depend on it.
+    """
+    return lambda function: Kernel(function, {"contract", *fastmath})
+
+
+class Tape:
+    """What was launched, in order, to be run again on the same memory.
+
+    Kernels that follow one another are one list, which runs without Python. What is plain torch is
+    a call between two such lists.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[list[Any] | Callable[[], object]] = []
+        self.buffers: list[Tensor] = []
+        self.kept: list[Any] = []  # what the addresses on the tape belong to
+        self._lists: list[Any] = []
+
+    def __enter__(self) -> Tape:
+        _recording.tape = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _recording.tape = None
+
+    def add(self, address: int, arguments: Any, kept: Sequence[Any]) -> None:
+        """A launch of a kernel."""
+        if not self.parts or not isinstance(self.parts[-1], list):
+            self.parts.append([])
+        self.parts[-1].append((address, arguments.ctypes.data))  # type: ignore[union-attr]
+        self.kept.append((arguments, [x for x in kept if isinstance(x, Tensor) and not x.is_meta]))
+
+    def call(self, function: Callable[[], object]) -> None:
+        """A call of plain torch, which writes where it has written."""
+        self.parts.append(function)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory that nothing needs any more, or new."""
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def run(self) -> None:
+        """Everything on the tape again."""
+        if len(self._lists) != len(self.parts):
+            self._lists = [
+                np.array(part, np.int64) if isinstance(part, list) else part for part in self.parts
+            ]
+        pool = threads()
+        for part in self._lists:
+            if callable(part):
+                part()
+            else:
+                pool.run(part)
+
+
+def tape() -> Tape | None:
+    """The tape that records this thread's launches."""
+    return getattr(_recording, "tape", None)
+
+
+def launch(kernel: Kernel, *arguments: Tensor | float | None) -> None:
+    """Run a kernel. Tensors have to be contiguous where it does not take their strides."""
+    words = np.array([_word(argument) for argument in arguments], np.int64)
+    threads().run(np.array([(kernel.address, words.ctypes.data)], np.int64))
+    recording = tape()
+    if recording is not None:
+        recording.add(kernel.address, words, arguments)
+
+
+def _word(argument: Tensor | float | None) -> int:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int(struct.unpack("q", struct.pack("d", argument))[0])
+    return int(argument or 0)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a result."""
+    recording = tape()
+    return recording.empty(shape, dtype) if recording else torch.empty(tuple(shape), dtype=dtype)
+
+
+def run_torch(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of plain torch; on a tape, each run writes it to where it was the first time."""
+    result = function(*arguments)
+    recording = tape()
+    if recording is not None:
+        recording.call(lambda: _overwrite(result, function(*arguments)))
+    return result
+
+
+def _overwrite(old: Any, new: Any) -> None:
+    if isinstance(old, Tensor):
+        old.copy_(new)
+    elif isinstance(old, tuple | list):
+        for one, other in zip(old, new, strict=True):
+            _overwrite(one, other)
+
+
+# -- operands ---------------------------------------------------------------------------------
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x, or its copy without gaps."""
+    return x if x.is_contiguous() else run_torch(lambda y: y.contiguous(), x)
+
+
+def rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """x [..., C] as rows that lie a fixed number of elements apart: (x, how many, how far)."""
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else contiguous(x)
+    count, apart = 1, 0
+    for extent, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if extent == 1:
+            continue
+        if count == 1:
+            apart = stride
+        elif stride != count * apart:
+            return rows(contiguous(x))
+        count *= extent
+    return x, count, apart or x.shape[-1]
+
+
+def vector(scale: Tensor | None, count: int) -> Tensor | None:
+    """`count` numbers, from as many or from one for all."""
+    if scale is None:
+        return None
+    if scale.numel() != count:
+        expanded = scale.reshape(1).expand(count)
+        return run_torch(lambda x: x.contiguous(), expanded)
+    return contiguous(scale)

@@ -1,0 +1,209 @@
+"""Norms and rotations that end in int8, a scale a token: a row stays in the cache for all of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, vector
+from ssmc.kernels.cpu.numbers import silu
+from ssmc.kernels.cpu.quantize import quantize_row
+from ssmc.kernels.cpu.words import float32_at, float_of_bits, int8_at, int64_at
+from ssmc.quant.rotation import base_factor, check_block
+
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@njit(fastmath={"contract", "reassoc"})
+def _inverse_rms(x, eps):
+    total = ZERO
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return ONE / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
+
+
+@njit
+def _butterfly(x):
+    """Walsh-Hadamard transform of x, whose length is a power of two."""
+    half = 1
+    while half < len(x):
+        for start in range(0, len(x), 2 * half):
+            upper, lower = x[start : start + half], x[start + half : start + 2 * half]
+            for i in range(half):
+                a, b = upper[i], lower[i]
+                upper[i], lower[i] = a + b, a - b
+        half *= 2
+
+
+@njit
+def rotate_row(x, block, base, signs, room):
+    """H x / sqrt(block) for each block of x, in place.
+
+    signs is the Paley matrix [base, base] of +-1, `room` as long as a block.
+    """
+    factor, width = np.float32(1 / math.sqrt(block)), block // base
+    for start in range(0, len(x), block):
+        for j in range(base):
+            _butterfly(x[start + j * width : start + (j + 1) * width])
+        whole = x[start : start + block]
+        if base == 1:
+            for i in range(block):
+                whole[i] *= factor
+            continue
+        for i in range(base):
+            row = room[i * width : (i + 1) * width]
+            row[:] = ZERO
+            for j in range(base):
+                sign, part = signs[i * base + j], whole[j * width : (j + 1) * width]
+                for c in range(width):
+                    row[c] += sign * part[c]
+        for i in range(block):
+            whole[i] = room[i] * factor
+
+
+@kernel()
+def _norm(arguments, thread, threads):
+    """x, its stride, rows, columns, weight, eps, q, scale, residual, its stride, sum."""
+    a = int64_at(arguments, 11)
+    n, eps = a[3], float_of_bits(a[5])
+    y = np.empty(n, np.float32)
+    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
+        x = float32_at(a[0] + 4 * row * a[1], n)
+        if a[8]:
+            residual = float32_at(a[8] + 4 * row * a[9], n)
+            total = float32_at(a[10] + 4 * row * n, n)
+            for i in range(n):
+                total[i] = residual[i] + x[i]
+            x = total
+        factor = _inverse_rms(x, eps)
+        if a[4]:
+            weight = float32_at(a[4], n)
+            for i in range(n):
+                y[i] = x[i] * factor * weight[i]
+        else:
+            for i in range(n):
+                y[i] = x[i] * factor
+        float32_at(a[7] + 4 * row, 1)[0] = quantize_row(y, int8_at(a[6] + row * n, n))
+
+
+@kernel()
+def _gated(arguments, thread, threads):
+    """x, its stride, rows, columns, gate, its stride and scale, weight, eps, group, before,
+    block, base, signs, q, scale."""
+    a = int64_at(arguments, 16)
+    n, eps, group, block, base = a[3], float_of_bits(a[8]), a[9], a[11], a[12]
+    gate_scale, weight = float32_at(a[6], n), float32_at(a[7], n)
+    y, gate, room = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(block, np.float32)
+    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
+        x, gate_q = float32_at(a[0] + 4 * row * a[1], n), int8_at(a[4] + row * a[5], n)
+        for i in range(n):
+            gate[i] = silu(np.float32(gate_q[i]) * gate_scale[i])
+        for i in range(n):
+            y[i] = x[i] if a[10] else x[i] * gate[i]
+        for start in range(0, n, group):
+            part, factors = y[start : start + group], weight[start : start + group]
+            factor = _inverse_rms(part, eps)
+            for i in range(group):
+                part[i] = part[i] * factor * factors[i]
+        if a[10]:
+            for i in range(n):
+                y[i] *= gate[i]
+        if block > 1:
+            rotate_row(y, block, base, float32_at(a[13], base * base), room)
+        float32_at(a[15] + 4 * row, 1)[0] = quantize_row(y, int8_at(a[14] + row * n, n))
+
+
+@kernel()
+def _hadamard(arguments, thread, threads):
+    """x, its stride, rows, columns, block, base, signs, y or 0, q or 0, scale."""
+    a = int64_at(arguments, 10)
+    n, block, base = a[3], a[4], a[5]
+    room, own = np.empty(block, np.float32), np.empty(n, np.float32)
+    signs = float32_at(a[6], base * base)
+    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
+        x = float32_at(a[0] + 4 * row * a[1], n)
+        y = float32_at(a[7] + 4 * row * n, n) if a[7] else own
+        for i in range(n):
+            y[i] = x[i]
+        rotate_row(y, block, base, signs, room)
+        if a[8]:
+            float32_at(a[9] + 4 * row, 1)[0] = quantize_row(y, int8_at(a[8] + row * n, n))
+
+
+def _results(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty(x.shape, torch.int8), empty((*x.shape[:-1], 1))
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """As ssmc::rms_norm_quantize: x [..., D] to (q int8 [..., D], scale [..., 1])."""
+    given, count, apart = rows(x)
+    q, scale = _results(x)
+    launch(
+        _norm, given, apart, count, x.shape[-1], weight, float(eps), q, scale, None, 0, None
+    )
+    return q, scale
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ssmc::add_rms_norm_quantize: (residual + x [..., D], q int8 [..., D], scale [..., 1])."""
+    given, count, apart = rows(x)
+    added, _, added_apart = rows(residual)
+    (q, scale), total = _results(x), empty(x.shape)
+    launch(
+        _norm, given, apart, count, x.shape[-1], weight, float(eps), q, scale, added, added_apart,
+        total,
+    )  # fmt: skip
+    return total, q, scale
+
+
+def gated_norm_quantize(
+    x: Tensor,
+    gate_q: Tensor,
+    gate_scale: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    block: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """As ssmc::gated_norm_quantize: x, gate_q [..., D] to (q int8 [..., D], scale [..., 1])."""
+    check_block(x.shape[-1], block)
+    given, count, apart = rows(x)
+    gate, _, gate_apart = rows(gate_q)
+    base, signs = base_factor(block)
+    q, scale = _results(x)
+    n = x.shape[-1]
+    launch(
+        _gated, given, apart, count, n, gate, gate_apart, vector(gate_scale, n), weight,
+        float(eps), group_size or n, int(norm_before_gate), block, base, signs, q, scale,
+    )  # fmt: skip
+    return q, scale
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """As ssmc::hadamard: H x / sqrt(block) for each run of `block` channels of x [..., n]."""
+    check_block(x.shape[-1], block)
+    given, count, apart = rows(x)
+    base, signs = base_factor(block)
+    y = empty(x.shape)
+    launch(_hadamard, given, apart, count, x.shape[-1], block, base, signs, y, None, None)
+    return y
+
+
+def hadamard_quantize(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """As ssmc::hadamard_quantize: x [..., D] to (q int8 [..., D], scale [..., 1])."""
+    check_block(x.shape[-1], block)
+    given, count, apart = rows(x)
+    base, signs = base_factor(block)
+    q, scale = _results(x)
+    launch(_hadamard, given, apart, count, x.shape[-1], block, base, signs, None, q, scale)
+    return q, scale
+

@@ -1,0 +1,179 @@
+"""Products of int8 values in registers, as LLVM's instructions: tiles of them, and packing.
+
+One step multiplies 64 pairs of bytes, the first without a sign, and adds four by four to 16 int32:
+the instruction vpdpbusd where the processor has it. Weights are read as w + 128, so that sums hold
+128 times the sum of x too much.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from ssmc.kernels.cpu.words import I8, I32, I64, for_loop
+
+ROWS = 16  # of a weight: a row for each of the int32 in a register
+TILE_X, TILE_W = 8, 3  # a tile is 8 rows of x by 3 times ROWS of the weight
+BYTES = ir.VectorType(I8, 64)
+WORDS = ir.VectorType(I32, 16)
+_RAISE = ir.Constant(BYTES, [-128] * 64)
+_ZEROS = ir.Constant(WORDS, [0] * 16)
+
+
+def has_vnni() -> bool:
+    """Whether this machine multiplies 64 pairs of bytes in one instruction."""
+    return bool(binding.get_host_cpu_features().get("avx512vnni", False))
+
+
+def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """total [16] + the sums of four products each of unsigned [64] and signed [64]."""
+    if has_vnni():
+        kind = ir.FunctionType(WORDS, [WORDS, BYTES, BYTES])
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        module = builder.module
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        return builder.call(function, [total, unsigned, signed])
+    wide = ir.VectorType(ir.IntType(16), 64)
+    products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
+    for lane in range(4):
+        mask = ir.Constant(ir.VectorType(I32, 16), [4 * i + lane for i in range(16)])
+        part = builder.shuffle_vector(products, products, mask)
+        total = builder.add(total, builder.sext(part, WORDS))
+    return total
+
+
+def _load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def _int(value: int) -> Any:
+    return ir.Constant(I64, value)
+
+
+def _pairs(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
+    """Exchange the lanes of a and b whose numbers have, or have not, the bit `distance`."""
+    upper = [j if not j & distance else 16 + j - distance for j in range(16)]
+    lower = [j + distance if not j & distance else 16 + j for j in range(16)]
+    masks = (ir.Constant(ir.VectorType(I32, 16), mask) for mask in (upper, lower))
+    first, second = (builder.shuffle_vector(a, b, mask) for mask in masks)
+    return first, second
+
+
+def _address_of_row(builder: Any, base: Any, stride: Any, row: int, rows: Any) -> Any:
+    """The address of a row; of the last one for those behind it."""
+    last = builder.sub(rows, _int(1))
+    index = builder.select(builder.icmp_signed("<", _int(row), rows), _int(row), last)
+    return builder.add(base, builder.mul(index, stride))
+
+
+def _broadcast(builder: Any, address: Any) -> Any:
+    """Four bytes, 16 times."""
+    one = ir.Constant(ir.VectorType(I32, 16), ir.Undefined)
+    single = builder.insert_element(one, _load(builder, address, I32), ir.Constant(I32, 0))
+    word = builder.shuffle_vector(single, single, _ZEROS)
+    return builder.bitcast(word, BYTES)
+
+
+@intrinsic
+def tile_product(typing_context, out, x, x_stride, x_rows, packed, steps):  # type: ignore[no-untyped-def]
+    """int32 [TILE_X, 16 TILE_W] at `out`: x int8 [8, 4 steps] times a packed weight of 48 rows.
+
+    Rows of x are `x_stride` bytes apart; there are `x_rows` of them, and what is behind these is
+    not to be looked at. The sums are 128 times the sum of a row of x too large.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        out, x, stride, rows, packed, steps = arguments
+        bases = [_address_of_row(builder, x, stride, i, rows) for i in range(TILE_X)]
+
+        def step(index: Any, totals: list[Any]) -> list[Any]:
+            w = builder.add(packed, builder.mul(index, _int(64 * TILE_W)))
+            weights = [_load(builder, builder.add(w, _int(64 * i)), BYTES) for i in range(TILE_W)]
+            offset, new = builder.mul(index, _int(4)), []
+            for row, base in enumerate(bases):
+                word = _broadcast(builder, builder.add(base, offset))
+                for i, weight in enumerate(weights):
+                    new.append(_dot(builder, totals[row * TILE_W + i], weight, word))
+            return new
+
+        totals = for_loop(builder, steps, [_ZEROS] * (TILE_X * TILE_W), step)
+        for i, total in enumerate(totals):
+            _store(builder, total, builder.add(out, _int(64 * i)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def pack_rows(typing_context, out, out_stride, w, w_stride, w_rows, blocks):  # type: ignore[no-untyped-def]
+    """Rows of a weight as `tile_product` reads them: 16 blocks of 4 columns each, raised by 128.
+
+    16 rows of 64 `blocks` bytes, `w_stride` apart, of which `w_rows` count. Four columns of the 16
+    are 64 bytes, `out_stride` apart.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        out, out_stride, w, stride, rows, blocks = arguments
+        bases = [_address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
+
+        def step(index: Any, _: list[Any]) -> list[Any]:
+            offset = builder.mul(index, _int(64))
+            block = [_load(builder, builder.add(base, offset), BYTES) for base in bases]
+            words = [builder.bitcast(builder.xor(b, _RAISE), WORDS) for b in block]
+            for distance in (1, 2, 4, 8):
+                for i in (i for i in range(ROWS) if not i & distance):
+                    j = i + distance
+                    words[i], words[j] = _pairs(builder, words[i], words[j], distance)
+            first = builder.mul(index, _int(ROWS))
+            for i, word in enumerate(words):
+                place = builder.mul(builder.add(first, _int(i)), out_stride)
+                _store(builder, word, builder.add(out, place))
+            return []
+
+        for_loop(builder, blocks, [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def rows_product(typing_context, out, x, w, w_stride, w_rows, blocks):  # type: ignore[no-untyped-def]
+    """int32 [16] at `out`: 16 rows of a weight times x int8 [64 blocks]; exact.
+
+    Rows are `w_stride` bytes apart; there are `w_rows` of them, and what is behind these is not to
+    be looked at.
+    """
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        out, x, w, stride, rows, blocks = arguments
+        bases = [_address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
+
+        def step(index: Any, totals: list[Any]) -> list[Any]:
+            offset = builder.mul(index, _int(64))
+            values = _load(builder, builder.add(x, offset), BYTES)
+            new = []
+            for base, total in zip(bases, totals, strict=False):
+                row = _load(builder, builder.add(base, offset), BYTES)
+                new.append(_dot(builder, total, builder.xor(row, _RAISE), values))
+            return [*new, _dot(builder, totals[-1], _RAISE, values)]
+
+        *totals, excess = for_loop(builder, blocks, [_ZEROS] * (ROWS + 1), step)
+        sums = [builder.sub(total, excess) for total in totals]
+        distance = 1
+        while len(sums) > 1:  # neighbours become one, and their lanes half as many sums
+            halves = [
+                _pairs(builder, a, b, distance) for a, b in zip(sums[::2], sums[1::2], strict=True)
+            ]
+            sums = [builder.add(a, b) for a, b in halves]
+            distance *= 2
+        _store(builder, sums[0], out)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate

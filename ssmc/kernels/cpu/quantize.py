@@ -1,0 +1,75 @@
+"""Rounding of float32 to int8, with static scales and with scales of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ssmc import ops
+from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
+from ssmc.kernels.cpu.words import float32_at, int8_at, int64_at, scale_for, to_int8
+
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@njit(inline="always")
+def quantize_row(x, q):
+    """Round x float32 [n] to q int8 [n]; the scale."""
+    largest = ZERO
+    for i in range(len(x)):
+        magnitude = abs(x[i])
+        largest = magnitude if magnitude > largest else largest
+    scale = scale_for(largest)
+    inverse = ONE / scale
+    for i in range(len(x)):
+        q[i] = to_int8(x[i], inverse)
+    return scale
+
+
+@kernel("nnan", "reassoc")
+def _segment(arguments, thread, threads):
+    """x, its stride, rows, columns, q, scale."""
+    a = int64_at(arguments, 6)
+    n = a[3]
+    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
+        x, q = float32_at(a[0] + 4 * row * a[1], n), int8_at(a[4] + row * n, n)
+        float32_at(a[5] + 4 * row, 1)[0] = quantize_row(x, q)
+
+
+@kernel()
+def _static(arguments, thread, threads):
+    """x, rows, columns, scale, q."""
+    a = int64_at(arguments, 5)
+    n = a[2]
+    scale = float32_at(a[3], n)
+    for row in range(a[1] * thread // threads, a[1] * (thread + 1) // threads):
+        x, q = float32_at(a[0] + 4 * row * n, n), int8_at(a[4] + row * n, n)
+        for i in range(n):
+            q[i] = to_int8(x[i], ONE / scale[i])
+
+
+def quantize_dynamic(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """As ssmc::quantize_dynamic, bit for bit: x [..., C] to (int8, scale float32 [..., 1])."""
+    if bits != 8:
+        return run_torch(ops.quantize_dynamic, x, bits)
+    given, count, apart = rows(x)
+    q, scale = empty(x.shape, torch.int8), empty((*x.shape[:-1], 1))
+    launch(_segment, given, apart, count, x.shape[-1], q, scale)
+    return q, scale
+
+
+def quantize_segments(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Segments of x [..., C], of `sizes` channels, each rounded: [q_0, scale_0, q_1, ...]."""
+    return [tensor for part in x.split(list(sizes), -1) for tensor in quantize_dynamic(part)]
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
+    """As ssmc::quantize, bit for bit: x [..., C] to int8 with scale [] or [..., C]."""
+    width = x.shape[-1] if scale.dim() < 2 else scale.numel()
+    if bits != 8 or (scale.dim() > 1 and scale.shape != x.shape[-scale.dim() :]):
+        return run_torch(ops.quantize, x, scale, bits)
+    q = empty(x.shape, torch.int8)
+    launch(_static, contiguous(x), x.numel() // max(width, 1), width, vector(scale, width), q)
+    return q

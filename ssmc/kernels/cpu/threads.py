@@ -1,0 +1,136 @@
+"""Threads that run a list of kernels together: all threads do a share of each, then wait.
+
+Numba's functions run without Python's lock. A thread that has nothing to do looks for work a while,
+then sleeps on a semaphore.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+
+from ssmc.kernels.cpu.words import (
+    atomic_add,
+    atomic_load,
+    atomic_swap,
+    call_at,
+    int64_at,
+)
+
+SPINS = 4000  # looks for work before a thread sleeps: some 50 us
+PATIENCE = 20000  # looks at a barrier before a thread lets others run
+
+_sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
+_sem_post = types.ExternalFunction("sem_post", types.int32(types.int64))
+_sem_init = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.int32))
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+# What threads share: int64 words, each on a cache line of its own.
+LINE = 8
+ARRIVED, PHASE, JOB, ENTRIES, COUNT, THREADS, WORKERS = (LINE * i for i in range(7))
+ASLEEP, SEMAPHORE, WORKER = 0, LINE, 2 * LINE  # of a worker, from WORKERS on
+
+
+@njit
+def _wait_for_all(shared, threads):
+    phase = atomic_load(shared + 8 * PHASE)
+    if atomic_add(shared + 8 * ARRIVED, 1) == threads - 1:
+        atomic_swap(shared + 8 * ARRIVED, 0)
+        atomic_add(shared + 8 * PHASE, 1)
+        return
+    looks = 0
+    while atomic_load(shared + 8 * PHASE) == phase:
+        looks += 1
+        if looks > PATIENCE:
+            _sched_yield()
+
+
+@njit
+def _run_share(shared, entries, count, thread, threads):
+    table = int64_at(entries, 2 * count)
+    for i in range(count):
+        call_at(table[2 * i], table[2 * i + 1], thread, threads)
+        if threads > 1:
+            _wait_for_all(shared, threads)
+
+
+_RUN = types.void(*[types.int64] * 4)
+_WORK = types.void(*[types.int64] * 2)
+
+
+@njit(_RUN, nogil=True, cache=True)
+def _run(shared, entries, count, threads):
+    """The first thread: give the others their work, and do a share."""
+    if threads > 1:
+        words = int64_at(shared, WORKERS)
+        words[ENTRIES], words[COUNT], words[THREADS] = entries, count, threads
+        atomic_add(shared + 8 * JOB, 1)
+        for thread in range(1, threads):
+            worker = shared + 8 * (WORKERS + (thread - 1) * WORKER)
+            if atomic_swap(worker + 8 * ASLEEP, 0) == 1:
+                _sem_post(worker + 8 * SEMAPHORE)
+    _run_share(shared, entries, count, 0, threads)
+
+
+@njit(_WORK, nogil=True, cache=True)
+def _work(shared, thread):
+    """A further thread, for as long as the process lasts; JOB counts what it has been given."""
+    worker = shared + 8 * (WORKERS + (thread - 1) * WORKER)
+    words = int64_at(shared, WORKERS)
+    done = 0
+    while True:
+        looks = 0
+        while atomic_load(shared + 8 * JOB) == done:
+            looks += 1
+            if looks > SPINS:
+                atomic_swap(worker + 8 * ASLEEP, 1)
+                if atomic_load(shared + 8 * JOB) == done or (
+                    atomic_swap(worker + 8 * ASLEEP, 0) == 0
+                ):
+                    while _sem_wait(worker + 8 * SEMAPHORE) != 0:
+                        pass
+                looks = 0
+        done += 1
+        _run_share(shared, words[ENTRIES], words[COUNT], thread, words[THREADS])
+
+
+@njit(types.void(types.int64), cache=True)
+def _make_semaphore(address):
+    _sem_init(address, 0, 0)
+
+
+class Threads:
+    """A number of threads, the caller's among them. One list of kernels runs at a time."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.shared = np.zeros(WORKERS + count * WORKER, np.int64)
+        self.lock = threading.Lock()
+        address = self.shared.ctypes.data
+        for thread in range(1, count):
+            _make_semaphore(address + 8 * (WORKERS + (thread - 1) * WORKER + SEMAPHORE))
+            threading.Thread(target=_work, args=(address, thread), daemon=True).start()
+
+    def run(self, entries: Any) -> None:
+        """Run kernels in order; entries [n, 2] int64: of each its address and its arguments'."""
+        with self.lock:
+            _run(self.shared.ctypes.data, entries.ctypes.data, len(entries), self.count)
+
+
+_pools: dict[int, Threads] = {}
+
+
+def threads() -> Threads:
+    """As many threads as torch has (`torch.set_num_threads`)."""
+    count = torch.get_num_threads()
+    if count not in _pools:
+        _pools[count] = Threads(count)
+    return _pools[count]
+
+
+os.register_at_fork(after_in_child=_pools.clear)  # a child has none of its parent's threads
