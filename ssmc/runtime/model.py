@@ -123,7 +123,7 @@ class CompiledModel(nn.Module):
             (lambda form: self.form(form).graph) if lowered else (lambda form: self.graph),
             batch,
             self.device,
-            capture=lowered and self.backend == "triton" and self.device.type == "cuda",
+            capture=lowered and self._records(),
             prefill_piece=prefill_piece,
         )
 

@@ -14,6 +14,7 @@ from ssmc.device import running_on
 from ssmc.errors import UsageError
 from ssmc.lowering import Form
 from ssmc.runtime.capture import NotCapturableError, Recorder, Recording, advance, clear, overwrite
+from ssmc.runtime.replay import TapeRecorder, TapeRecording
 
 LARGEST_PIECE = 2048  # tokens: they fill a GPU, and bound the memory that a prompt takes
 FIRST_ROOM = 512  # tokens a cache has room for at first
@@ -46,7 +47,7 @@ class Session:
         self.batch, self.device, self.prefill_piece = batch, device, prefill_piece
         self._programs = programs
         self._captured: set[Form] = {"last", "step"} if capture else set()
-        self._recordings: dict[int, Recording] = {}
+        self._recordings: dict[int, Recording | TapeRecording] = {}
         self._capture = capture
         self._specs = programs("step").states
         self._tokens, self._room = 0, FIRST_ROOM
@@ -144,7 +145,7 @@ class Session:
         """Take buffers for the states; what was recorded on others is gone."""
         self.states = states
         self._recordings.clear()
-        self._recorder = Recorder(states, self.device) if self._capture else None
+        self._recorder = _recorder(states, self.device) if self._capture else None
 
     def _make_room(self, tokens: int) -> None:
         """Let every sequence have room for so many more tokens than any has had."""
@@ -192,6 +193,10 @@ class Session:
             warnings.warn(f"{text}: such calls run kernel by kernel", RuntimeWarning, stacklevel=4)
         else:
             self._recordings[length] = recording
+
+
+def _recorder(states: States, device: torch.device) -> Recorder | TapeRecorder:
+    return Recorder(states, device) if device.type == "cuda" else TapeRecorder(states)
 
 
 def pieces(length: int, largest: int, smallest: int) -> list[int]:
