@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmc.core import Graph, States
+from ssmc.lowering import Form
 
 
 class NotCapturableError(Exception):
@@ -21,6 +22,8 @@ class NotCapturableError(Exception):
 
 class Recorder:
     """Records calls that share their states, a pool of memory, and a stream to record on."""
+
+    forms: tuple[Form, ...] = ("last", "step")
 
     def __init__(self, states: States, device: torch.device) -> None:
         self.states, self.device = states, device

@@ -123,7 +123,7 @@ class CompiledModel(nn.Module):
             (lambda form: self.form(form).graph) if lowered else (lambda form: self.graph),
             batch,
             self.device,
-            capture=lowered and self._records(),
+            capture=lowered and self.lowered.backend.can_record(self.device),
             prefill_piece=prefill_piece,
         )
 

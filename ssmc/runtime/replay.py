@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ssmc.core import Graph, States
 from ssmc.core.dialect import target_name
+from ssmc.lowering import Form
 from ssmc.runtime.capture import overwrite
 
 VIEWS = {
@@ -23,7 +24,9 @@ VIEWS = {
 
 
 class TapeRecorder:
-    """Records calls that share their states."""
+    """Records steps, which share their states: prompts have work enough to hide their launches."""
+
+    forms: tuple[Form, ...] = ("step",)
 
     def __init__(self, states: States) -> None:
         self.states = states

@@ -25,10 +25,10 @@ class Session:
     """The states of `batch` sequences, which every call overwrites, and the calls.
 
     `programs` gives the graph of each form. Prompts run in pieces of at most `prefill_piece`
-    tokens. With `capture` (on a CUDA device) a call is recorded as a CUDA graph the first time its
-    length occurs, and replayed from then on; the lengths of pieces are then powers of two, so that
-    a few recordings serve every prompt and nothing is padded. What cannot be recorded runs kernel
-    by kernel, and a warning says why.
+    tokens. With `capture` a call is recorded the first time its length occurs, and replayed from
+    then on. On a CUDA device it is a CUDA graph; the lengths of pieces are then powers of two, so
+    that a few recordings serve every prompt and nothing is padded. What cannot be recorded runs
+    kernel by kernel, and a warning says why. On a CPU steps are recorded, as tapes of kernels.
 
     States that hold a row for each token have room for a number of them. Where that is used up they
     move to buffers of twice the size, and calls are recorded anew.
@@ -46,7 +46,6 @@ class Session:
         _check_sizes(batch, prefill_piece)
         self.batch, self.device, self.prefill_piece = batch, device, prefill_piece
         self._programs = programs
-        self._captured: set[Form] = {"last", "step"} if capture else set()
         self._recordings: dict[int, Recording | TapeRecording] = {}
         self._capture = capture
         self._specs = programs("step").states
@@ -146,6 +145,7 @@ class Session:
         self.states = states
         self._recordings.clear()
         self._recorder = _recorder(states, self.device) if self._capture else None
+        self._captured: set[Form] = set(self._recorder.forms) if self._recorder else set()
 
     def _make_room(self, tokens: int) -> None:
         """Let every sequence have room for so many more tokens than any has had."""
@@ -170,7 +170,7 @@ class Session:
             raise UsageError("the prompt is empty", hint="give at least one token")
 
     def _cut(self, length: int) -> int | list[int]:
-        if self._recorder is None:
+        if self._recorder is None or "last" not in self._recorder.forms:
             return self.prefill_piece
         return pieces(length, self.prefill_piece, SMALLEST_PIECE)
 

@@ -88,8 +88,7 @@ def times_power(typing_context, y, z):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def to_int8(typing_context, x, inverse):  # type: ignore[no-untyped-def]
-    """`quantize_tensor` with the inverse scale given: clamp(round(x * inverse), -127, 127)."""
+def _rounded(typing_context, x, inverse):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         value = builder.fmul(*arguments)
@@ -100,6 +99,15 @@ def to_int8(typing_context, x, inverse):  # type: ignore[no-untyped-def]
         return builder.trunc(bits, I8)
 
     return types.int8(types.float32, types.float32), generate
+
+
+@njit
+def to_int8(x, inverse):
+    """`quantize_tensor` with the inverse scale given: clamp(round(x * inverse), -127, 127).
+
+    A function of its own: in that of a kernel the product would be fused with what rounds it.
+    """
+    return _rounded(x, inverse)
 
 
 @intrinsic

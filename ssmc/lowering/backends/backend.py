@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ssmc.lowering.rewriter import Rules
 
 Kernels = Mapping[str, Callable[..., Any]]
@@ -50,6 +52,10 @@ class Backend:
     def load(self) -> Kernels:
         """The kernels, ready to run; DeviceError where they cannot run on this machine."""
         return self.kernels
+
+    def can_record(self, device: torch.device) -> bool:
+        """Whether calls on `device` can be recorded, to be replayed without Python."""
+        return False
 
     def tolerance(self, operator: str, int4: bool = False) -> Tolerance:
         """What `ssmc verify` allows the kernel of `operator`, with weights of 4 bits if `int4`."""

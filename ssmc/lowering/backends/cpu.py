@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 
+import torch
+
 from ssmc.lowering.backends import plain
 from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
 from ssmc.lowering.fusion import FUSIONS, SPLITS
@@ -84,10 +86,18 @@ class CPUBackend(Backend):
         """The kernels."""
         return _load()
 
+    def can_record(self, device: torch.device) -> bool:
+        """As tapes, where Numba is there."""
+        return device.type == "cpu" and _has_numba()
+
+
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
 
 @functools.cache
 def _load() -> Kernels:
-    if importlib.util.find_spec("numba") is None:
+    if not _has_numba():
         return plain.KERNELS
     modules = {name: importlib.import_module(f"ssmc.kernels.cpu.{name}") for name in KERNELS}
     return {

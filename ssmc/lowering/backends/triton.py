@@ -94,6 +94,10 @@ class TritonBackend(Backend):
         """The kernels; DeviceError without Triton, or without a CUDA device to run them on."""
         return _load()
 
+    def can_record(self, device: torch.device) -> bool:
+        """As CUDA graphs."""
+        return device.type == "cuda"
+
 
 @functools.cache
 def _load() -> Kernels:
