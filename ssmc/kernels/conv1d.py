@@ -30,7 +30,7 @@ MAX_TAPS = 16
 
 
 @triton.jit
-def _words(a, b, c, d):  # noqa: ANN202
+def _words(a, b, c, d):
     """Four tensors of int8 as one of int32, `a` in the lowest byte."""
     if _INTERPRETED:
         low = (a.to(tl.int32) & 255) | ((b.to(tl.int32) & 255) << 8)
@@ -58,13 +58,13 @@ def _words(a, b, c, d):  # noqa: ANN202
 
 
 @triton.jit
-def _word_at(x, i: tl.constexpr):  # noqa: ANN202
+def _word_at(x, i: tl.constexpr):
     """Four tensors of the tuple x, from number i on, as `_words`."""
     return _words(x[i], x[i + 1], x[i + 2], x[i + 3])
 
 
 @triton.jit
-def _multiply(words, taps, total):  # noqa: ANN202
+def _multiply(words, taps, total):
     """total + the sum of products of the four bytes of each word."""
     if _INTERPRETED:
         for i in tl.static_range(4):
@@ -82,7 +82,7 @@ def _multiply(words, taps, total):  # noqa: ANN202
 
 
 @triton.jit
-def _window(before, words, LAST: tl.constexpr):  # noqa: ANN202
+def _window(before, words, LAST: tl.constexpr):
     """The four bytes that end with byte LAST of `words`, which `before` precedes."""
     if LAST == 3:
         return words
@@ -92,7 +92,7 @@ def _window(before, words, LAST: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _load_taps(weight, channel, inside, TAPS: tl.constexpr, WORDS: tl.constexpr):  # noqa: ANN202
+def _load_taps(weight, channel, inside, TAPS: tl.constexpr, WORDS: tl.constexpr):
     """The weights [C, TAPS] of some channels, four [C, 4] at a time, the last ones first.
 
     Zeros stand in front.
@@ -107,7 +107,7 @@ def _load_taps(weight, channel, inside, TAPS: tl.constexpr, WORDS: tl.constexpr)
 
 
 @triton.jit
-def _packed(taps, WORDS: tl.constexpr):  # noqa: ANN202
+def _packed(taps, WORDS: tl.constexpr):
     """What `_load_taps` gives, each four as one word."""
     words = ()
     for i in tl.static_range(WORDS):
@@ -117,7 +117,7 @@ def _packed(taps, WORDS: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _load_input(  # noqa: ANN202
+def _load_input(
     x,
     x_stride,
     state,
@@ -144,7 +144,7 @@ def _load_input(  # noqa: ANN202
 
 
 @triton.jit
-def _convolve(  # noqa: ANN202, C901
+def _convolve(  # noqa: C901
     x,
     x_stride,
     x_scale,
@@ -237,7 +237,7 @@ def _convolve(  # noqa: ANN202, C901
 
 
 @triton.jit
-def _kernel(  # noqa: ANN202
+def _kernel(
     x,
     x_batch,
     x_stride,

@@ -11,7 +11,7 @@ from ssmc.kernels.launch import await_inputs, launch
 
 
 @triton.jit
-def _kernel(  # noqa: ANN202
+def _kernel(
     ids,
     w,
     w_scale,

@@ -139,14 +139,14 @@ def rotated_by(turn, log, inner, width):
 
 
 @triton.jit
-def _signed_sums(a, b, c, d):  # noqa: ANN202
+def _signed_sums(a, b, c, d):
     """a +- b +- c +- d: bits 0, 1, 2 of the index are the signs of b, c, d (set: minus)."""
     ab, a_b, cd, c_d = a + b, a - b, c + d, c - d
     return ab + cd, a_b + cd, ab - c_d, a_b - c_d, ab + c_d, a_b + c_d, ab - cd, a_b - cd
 
 
 @triton.jit
-def _paley(x, SIGNS: tl.constexpr):  # noqa: ANN202
+def _paley(x, SIGNS: tl.constexpr):
     """The Paley matrix times the tuple x: 140 additions for order 20, instead of 380.
 
     Four entries of x have, up to a sign, only eight sums; each row of the matrix takes one.
@@ -169,7 +169,7 @@ def _paley(x, SIGNS: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _butterfly_across(x, STEPS: tl.constexpr):  # noqa: ANN202
+def _butterfly_across(x, STEPS: tl.constexpr):
     """Sylvester's matrix times each run of 2^STEPS tensors of the tuple x."""
     for step in tl.static_range(STEPS):
         y = ()
@@ -219,7 +219,7 @@ def rotate_pieces(
 
 
 @triton.jit
-def _butterfly_inside(  # noqa: ANN202
+def _butterfly_inside(
     pieces,
     FIRST: tl.constexpr,
     LOG: tl.constexpr,
@@ -239,7 +239,7 @@ def _butterfly_inside(  # noqa: ANN202
 
 
 @triton.jit
-def _kernel(  # noqa: ANN202
+def _kernel(
     x,
     x_stride,
     out,

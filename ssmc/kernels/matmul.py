@@ -222,7 +222,7 @@ def _product(
 
 
 @triton.jit
-def _linear_kernel(  # noqa: ANN202
+def _linear_kernel(
     x_source,
     w_source,
     extra_source,
@@ -283,7 +283,7 @@ def _linear_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _finish(  # noqa: ANN202
+def _finish(
     sums, row, column, M, N, x_scale, w_scale, bias, residual, residual_stride, out_scale, y,
     X_STEP: tl.constexpr,
     W_STEP: tl.constexpr,

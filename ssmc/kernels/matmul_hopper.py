@@ -90,7 +90,7 @@ def layouts(how: Tiling, rows: int, warps: int) -> dict[str, Any]:
 
 
 @gluon.jit
-def _copy_x(x, x_tiles, ready, slot, top, k, enabled):  # noqa: ANN202
+def _copy_x(x, x_tiles, ready, slot, top, k, enabled):
     """Ask for a block of x, into the place `slot`."""
     tma.async_copy_global_to_shared(
         x, [top, k], ready.index(slot), x_tiles.index(slot), pred=enabled
@@ -98,7 +98,7 @@ def _copy_x(x, x_tiles, ready, slot, top, k, enabled):  # noqa: ANN202
 
 
 @gluon.jit
-def _copy_w(  # noqa: ANN202
+def _copy_w(
     x, w, extra, w_tiles, extra_tiles, ready, slot, first, second, k, enabled,
     EXTRA_N: gl.constexpr,
 ):  # fmt: skip
@@ -211,7 +211,7 @@ def finish(
 
 
 @gluon.jit
-def _store_sums(sums, top, first, M, N, y, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # noqa: ANN202
+def _store_sums(sums, top, first, M, N, y, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Write a tile of sums as they are."""
     row = top + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, sums.type.layout))
     column = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, sums.type.layout))

@@ -247,7 +247,7 @@ def to_bfloat16(x):
 
 
 @triton.jit
-def _int4_kernel(  # noqa: ANN202
+def _int4_kernel(
     x,
     x_scale,
     w,
@@ -314,7 +314,7 @@ def _int4_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _int4_few_rows_kernel(  # noqa: ANN202
+def _int4_few_rows_kernel(
     x,
     w,
     w_scale,

@@ -64,7 +64,7 @@ def constants(
 
 
 @gluon.jit
-def _load(  # noqa: ANN202
+def _load(
     x, w, extra, residual, x_tiles, w_tiles, extra_tiles, full, empty, M, N, K, residual_stride,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -110,7 +110,7 @@ def _load(  # noqa: ANN202
 
 
 @gluon.jit
-def _multiply(  # noqa: ANN202
+def _multiply(
     x_tiles, w_tiles, extra_tiles, full, empty, x_scale, w_scale, bias, residual, out_scale, y,
     M, N, K, residual_stride,
     INDEX: gl.constexpr,

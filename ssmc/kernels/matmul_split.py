@@ -198,7 +198,7 @@ def _quantize_segments(
 
 
 @triton.jit
-def _partial_kernel(  # noqa: ANN202
+def _partial_kernel(
     x_source,
     w_source,
     extra_source,
@@ -244,7 +244,7 @@ def _partial_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _sum_kernel(  # noqa: ANN202
+def _sum_kernel(
     sums,
     x_scale,
     w_scale,
@@ -286,7 +286,7 @@ def _sum_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _segments_kernel(  # noqa: ANN202
+def _segments_kernel(
     sums,
     x_scale,
     w_scale,

@@ -155,7 +155,7 @@ def load_constants(
 
 
 @triton.jit
-def _linear_kernel(  # noqa: ANN202
+def _linear_kernel(
     x,
     x_stride,
     x_scale,
@@ -191,7 +191,7 @@ def _linear_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _norm_kernel(  # noqa: ANN202
+def _norm_kernel(
     x,
     x_stride,
     norm_weight,

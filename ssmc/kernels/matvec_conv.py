@@ -21,7 +21,7 @@ BLOCK_C = 256
 
 
 @triton.jit
-def _in_proj_kernel(  # noqa: ANN202
+def _in_proj_kernel(
     x,
     x_stride,
     norm_weight,
@@ -97,7 +97,7 @@ def _in_proj_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _conv_kernel(  # noqa: ANN202
+def _conv_kernel(
     q,
     q_stride,
     q_scale,

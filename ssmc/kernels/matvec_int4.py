@@ -107,12 +107,12 @@ def descriptor(w_q: Tensor, how: Held) -> Any:
 
 
 @gluon.jit
-def _append(items, item):  # noqa: ANN202
+def _append(items, item):
     return items + (item,)  # noqa: RUF005 (Triton knows no star)
 
 
 @gluon.jit
-def _ask(w, tiles, ready, first, PIECES: gl.constexpr, CHUNKS: gl.constexpr):  # noqa: ANN202
+def _ask(w, tiles, ready, first, PIECES: gl.constexpr, CHUNKS: gl.constexpr):
     """Have the rows of the weight from `first` on copied, two chunks at a time.
 
     With more on their way, the small reads of kernels in front would have to wait behind them.
@@ -129,7 +129,7 @@ def _ask(w, tiles, ready, first, PIECES: gl.constexpr, CHUNKS: gl.constexpr):  #
 
 
 @gluon.jit
-def _await_weight(ready, CHUNKS: gl.constexpr):  # noqa: ANN202
+def _await_weight(ready, CHUNKS: gl.constexpr):
     """Wait until all chunks are there; what told so is not needed again."""
     for chunk in gl.static_range(CHUNKS):
         mbarrier.wait(ready.index(chunk), 0)
@@ -138,7 +138,7 @@ def _await_weight(ready, CHUNKS: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _group_scales(  # noqa: ANN202
+def _group_scales(
     w_scale, first, N, K: gl.constexpr, GROUP: gl.constexpr, PIECES: gl.constexpr,
     CHUNKS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def _group_scales(  # noqa: ANN202
 
 
 @gluon.jit
-def _factors(low, high, TILE: gl.constexpr):  # noqa: ANN202
+def _factors(low, high, TILE: gl.constexpr):
     """The words of a row by which the low bits of a piece are multiplied, and the high ones.
 
     Third, -8 times the sum of both: the bits of a weight are its value plus 8.
@@ -171,7 +171,7 @@ def _factors(low, high, TILE: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _load_factors(  # noqa: ANN202
+def _load_factors(
     x, K: gl.constexpr, GROUP: gl.constexpr, PIECES: gl.constexpr, TILE: gl.constexpr
 ):
     """`_factors` of the row of int8 values at x (words)."""
@@ -189,7 +189,7 @@ def _load_factors(  # noqa: ANN202
 
 
 @gluon.jit
-def _load_row(start, N: gl.constexpr, LAYOUT: gl.constexpr):  # noqa: ANN202
+def _load_row(start, N: gl.constexpr, LAYOUT: gl.constexpr):
     """N contiguous values from `start` on, as many a piece as a piece of words multiplies."""
     pieces = ()
     for i in gl.static_range((N + 1023) // 1024):
@@ -202,7 +202,7 @@ def _load_row(start, N: gl.constexpr, LAYOUT: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _quantised(pieces, largest, GROUP: gl.constexpr, TILE: gl.constexpr):  # noqa: ANN202
+def _quantised(pieces, largest, GROUP: gl.constexpr, TILE: gl.constexpr):
     """`quantize_dynamic` of a row whose largest magnitude is known: (its `_factors`, its scale).
 
     A piece is dealt out on its way through shared memory: the first half of each group, the second.
@@ -229,7 +229,7 @@ def _quantised(pieces, largest, GROUP: gl.constexpr, TILE: gl.constexpr):  # noq
 
 
 @gluon.jit
-def _stacked(x, COUNT: gl.constexpr):  # noqa: ANN202
+def _stacked(x, COUNT: gl.constexpr):
     """Tensors [a, b] of a tuple as [COUNT, a, b], COUNT a power of two: the first fills it up."""
     a: gl.constexpr = x[0].shape[0]
     b: gl.constexpr = x[0].shape[1]
@@ -246,7 +246,7 @@ def _stacked(x, COUNT: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _product(  # noqa: ANN202
+def _product(
     tiles, factors, scales, PIECES: gl.constexpr, CHUNKS: gl.constexpr, WARPS: gl.constexpr,
     TILE: gl.constexpr, SUMS: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip

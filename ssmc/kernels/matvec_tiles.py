@@ -70,7 +70,7 @@ def dot4(a, b, c):
 
 
 @triton.jit
-def _load_part(  # noqa: ANN202
+def _load_part(
     words_ptr,
     n,
     RUNS: tl.constexpr,
@@ -170,7 +170,7 @@ def joined(pieces, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _word(even, odd):  # noqa: ANN202
+def _word(even, odd):
     """Words of int8 values: even [..., 2] holds their first and third, odd the others."""
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -179,7 +179,7 @@ def _word(even, odd):  # noqa: ANN202
 
 
 @triton.jit
-def _in_order(words):  # noqa: ANN202
+def _in_order(words):
     """words [places, pieces] as one row, the places of a piece after one another.
 
     A gather: where threads need copies of the row, each loads them from shared memory. Of a mere
@@ -234,7 +234,7 @@ def quantized(pieces, largest, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _int8_sums(weight, words):  # noqa: ANN202
+def _int8_sums(weight, words):
     """int32 [BLOCK_N, COLUMNS]: products of one part, summed over what a thread holds."""
     runs: tl.constexpr = weight.shape[0]
     columns: tl.constexpr = weight.shape[2]
@@ -243,7 +243,7 @@ def _int8_sums(weight, words):  # noqa: ANN202
 
 
 @triton.jit
-def _int4_sums(weight, scales, words, GROUP: tl.constexpr):  # noqa: ANN202
+def _int4_sums(weight, scales, words, GROUP: tl.constexpr):
     """float32 [BLOCK_N, groups]: products of one part, scaled group by group.
 
     A group's first half of words holds the columns of the low four bits, the second those of the
@@ -269,7 +269,7 @@ def _int4_sums(weight, scales, words, GROUP: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _one_a_thread(sums):  # noqa: ANN202
+def _one_a_thread(sums):
     """The same sums [BLOCK_N], no longer each in all the threads of a warp.
 
     What follows, and what it is combined with, then takes a fraction of registers and instructions.

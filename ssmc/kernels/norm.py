@@ -26,7 +26,7 @@ from ssmc.kernels.pieces import (
 
 
 @triton.jit
-def _norm_kernel(  # noqa: ANN202
+def _norm_kernel(
     x,
     x_stride,
     residual,
@@ -117,7 +117,7 @@ def add_rms_norm_quantize(
 
 
 @triton.jit
-def _sum_of_group(  # noqa: ANN202
+def _sum_of_group(
     pieces,
     GROUP: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -137,7 +137,7 @@ def _sum_of_group(  # noqa: ANN202
 
 
 @triton.jit
-def _of_groups(  # noqa: ANN202
+def _of_groups(
     values,
     PIECE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -154,7 +154,7 @@ def _of_groups(  # noqa: ANN202
 
 
 @triton.jit
-def _normalised(  # noqa: ANN202
+def _normalised(
     pieces,
     squares,
     eps,
@@ -180,7 +180,7 @@ def _normalised(  # noqa: ANN202
 
 
 @triton.jit
-def _gate_pieces(gates, gate_scale, scales):  # noqa: ANN202
+def _gate_pieces(gates, gate_scale, scales):
     """silu of int8 gates with a scale for each channel, `scales` in pieces, or with the same."""
     silus = ()
     for i in tl.static_range(len(gates)):
@@ -192,7 +192,7 @@ def _gate_pieces(gates, gate_scale, scales):  # noqa: ANN202
 
 
 @triton.jit
-def _load_if(wanted: tl.constexpr, start, N: tl.constexpr, WIDTH: tl.constexpr):  # noqa: ANN202
+def _load_if(wanted: tl.constexpr, start, N: tl.constexpr, WIDTH: tl.constexpr):
     """The pieces at `start`, or none."""
     if wanted:
         return load_pieces(start, N, WIDTH)
@@ -201,7 +201,7 @@ def _load_if(wanted: tl.constexpr, start, N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _gated_kernel(  # noqa: ANN202
+def _gated_kernel(
     x,
     x_stride,
     gate,

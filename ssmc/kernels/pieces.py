@@ -68,7 +68,7 @@ def store_pieces(
 
 
 @triton.jit
-def _store_bundle(  # noqa: ANN202
+def _store_bundle(
     start,
     pieces,
     FIRST: tl.constexpr,
@@ -83,7 +83,7 @@ def _store_bundle(  # noqa: ANN202
 
 
 @triton.jit
-def _store(start, x, FIRST: tl.constexpr, N: tl.constexpr):  # noqa: ANN202
+def _store(start, x, FIRST: tl.constexpr, N: tl.constexpr):
     columns = FIRST + tl.arange(0, x.numel)
     if FIRST + x.numel <= N:
         tl.store(start + columns, x)
@@ -116,7 +116,7 @@ def absmax_of(pieces):
 
 
 @triton.jit
-def _sum_and_largest(sum_a, largest_a, sum_b, largest_b):  # noqa: ANN202
+def _sum_and_largest(sum_a, largest_a, sum_b, largest_b):
     return sum_a + sum_b, tl.maximum(largest_a, largest_b)
 
 

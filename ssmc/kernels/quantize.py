@@ -12,7 +12,7 @@ from ssmc.kernels.launch import await_inputs, launch, row_view
 
 
 @triton.jit
-def _static_kernel(  # noqa: ANN202
+def _static_kernel(
     x,
     x_stride,
     scale,
@@ -71,7 +71,7 @@ def quantize(
 
 
 @triton.jit
-def _dynamic_kernel(  # noqa: ANN202
+def _dynamic_kernel(
     x,
     x_stride,
     q,

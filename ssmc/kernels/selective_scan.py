@@ -27,17 +27,17 @@ MANY_CHANNELS, FEW_CHANNELS = 3072, 1280
 
 
 @triton.jit
-def _compose(decay_1, h_1, decay_2, h_2):  # noqa: ANN202
+def _compose(decay_1, h_1, decay_2, h_2):
     return decay_1 * decay_2, tl.fma(decay_2, h_1, h_2)
 
 
 @triton.jit
-def _later(h_1, h_2):  # noqa: ANN202
+def _later(h_1, h_2):
     return h_2
 
 
 @triton.jit
-def _recur(dt, dt_u, B, A, h):  # noqa: ANN202
+def _recur(dt, dt_u, B, A, h):
     """The states [T, N, D] of a tile: dt, dt_u [T, D], B [T, N]; A times log2(e) and h [N, D]."""
     decay = tl.exp2(dt[:, None, :] * A[None, :, :])
     step = dt_u[:, None, :] * B[:, :, None]
@@ -48,13 +48,13 @@ def _recur(dt, dt_u, B, A, h):  # noqa: ANN202
 
 
 @triton.jit
-def _at(step, length, REVERSE: tl.constexpr):  # noqa: ANN202
+def _at(step, length, REVERSE: tl.constexpr):
     """Where in the sequence the scan is at its steps; int64, since rows of it may be far apart."""
     return (length - 1 - step if REVERSE else step).to(tl.int64)
 
 
 @triton.jit
-def _tokens_kernel(  # noqa: ANN202
+def _tokens_kernel(
     B_q,
     B_scale,
     C_q,
@@ -110,20 +110,20 @@ def _tokens_kernel(  # noqa: ANN202
 
 
 @triton.jit
-def _bits(q):  # noqa: ANN202
+def _bits(q):
     """int8 as float32, of which the low half is zero, in its bits."""
     return q.to(tl.float32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _load_tile(x, row, step, length, channel, width):  # noqa: ANN202
+def _load_tile(x, row, step, length, channel, width):
     """x[row, channel] as float32 where step < length and channel < width, else zero."""
     mask = (step < length)[:, None] & (channel < width)[None, :]
     return tl.load(x + row[:, None] + channel[None, :], mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def _scan_kernel(  # noqa: ANN202
+def _scan_kernel(
     u_q,
     u_scale,
     dt_q,

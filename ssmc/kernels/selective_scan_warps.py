@@ -52,12 +52,12 @@ def share(blocks: int, groups: int, multiprocessors: int) -> int:
 
 
 @gluon.jit
-def _append(items, item):  # noqa: ANN202
+def _append(items, item):
     return items + (item,)  # noqa: RUF005 (Triton knows no star)
 
 
 @gluon.jit
-def _halves(x, COUNT: gl.constexpr):  # noqa: ANN202
+def _halves(x, COUNT: gl.constexpr):
     """Each of COUNT tensors [rows, columns] as two of half the columns."""
     halves = ()
     for i in gl.static_range(COUNT):
@@ -69,7 +69,7 @@ def _halves(x, COUNT: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _columns(x, LAYOUT: gl.constexpr):  # noqa: ANN202
+def _columns(x, LAYOUT: gl.constexpr):
     """The columns of x [rows, columns], each [rows] in LAYOUT; no data moves."""
     LEVELS: gl.constexpr = x.shape[1].bit_length() - 1
     parts = (x,)
@@ -82,7 +82,7 @@ def _columns(x, LAYOUT: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _joined(x, COUNT: gl.constexpr):  # noqa: ANN202
+def _joined(x, COUNT: gl.constexpr):
     """Each of the first COUNT tensors with the one COUNT after it, in a further dimension."""
     pairs = ()
     for i in gl.static_range(COUNT):
@@ -91,7 +91,7 @@ def _joined(x, COUNT: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _stacked(x, LEVELS: gl.constexpr):  # noqa: ANN202
+def _stacked(x, LEVELS: gl.constexpr):
     """2^LEVELS tensors of two dimensions as one of three, the last of them new; no data moves."""
     rows: gl.constexpr = x[0].shape[0]
     columns: gl.constexpr = x[0].shape[1]
@@ -101,39 +101,39 @@ def _stacked(x, LEVELS: gl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _publish(flag):  # noqa: ANN202
+def _publish(flag):
     """Tell another program that what this one wrote is there."""
     tl.debug_barrier()
     tl.atomic_xchg(flag, 1, sem="release")
 
 
 @triton.jit
-def _await(flag):  # noqa: ANN202
+def _await(flag):
     while tl.atomic_add(flag, 0, sem="acquire") == 0:
         pass
 
 
 @triton.jit
-def _all_warps():  # noqa: ANN202
+def _all_warps():
     """Wait until all warps of this kind are here."""
     tl.debug_barrier()
 
 
 @gluon.jit
-def _arrive(barrier):  # noqa: ANN202
+def _arrive(barrier):
     """Tell the warps of the other kind that all warps of this one are here."""
     _all_warps()
     mbarrier.arrive(barrier, count=1)
 
 
 @gluon.jit
-def _await_group(barriers, k):  # noqa: ANN202
+def _await_group(barriers, k):
     """Wait until the other kind has arrived for group k of the program; -1 is there at once."""
     mbarrier.wait(barriers.index(k & 1), (k >> 1) & 1)
 
 
 @gluon.jit
-def _part(number, low, high, groups):  # noqa: ANN202
+def _part(number, low, high, groups):
     """(block, first group, end) of a program's part with this number."""
     block = (high - 1) // groups - number
     first = gl.maximum(low - block * groups, 0)
@@ -141,7 +141,7 @@ def _part(number, low, high, groups):  # noqa: ANN202
 
 
 @gluon.jit
-def _take(  # noqa: ANN202
+def _take(
     board,
     pairs,
     t: gl.constexpr,
@@ -167,7 +167,7 @@ def _take(  # noqa: ANN202
 
 
 @gluon.jit
-def _advance(h, rates, taken, SHARE: gl.constexpr):  # noqa: ANN202
+def _advance(h, rates, taken, SHARE: gl.constexpr):
     """The states after a position, and the part of C h of the lane's own states."""
     dt, dt_u, words = taken
     reached = ()
@@ -183,7 +183,7 @@ def _advance(h, rates, taken, SHARE: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _lanes(  # noqa: ANN202
+def _lanes(
     boards, pairs, sums, ready, done, flags, A, old_state, new_state, width, states, blocks,
     groups, low, high,
     LANES: gl.constexpr,
@@ -242,7 +242,7 @@ def _lanes(  # noqa: ANN202
 
 
 @gluon.jit
-def _copy(bytes_of, scales_of, pairs, k, sources, strides, at, scale, token, mask):  # noqa: ANN202
+def _copy(bytes_of, scales_of, pairs, k, sources, strides, at, scale, token, mask):
     """Begin to copy what group k needs: bytes of the positions `at` [T, 1], and B and C."""
     for i in gl.static_range(len(sources)):
         source = sources[i] + at.to(gl.int64) * strides[i]
@@ -253,14 +253,14 @@ def _copy(bytes_of, scales_of, pairs, k, sources, strides, at, scale, token, mas
 
 
 @gluon.jit
-def _at(step, length, REVERSE: gl.constexpr):  # noqa: ANN202
+def _at(step, length, REVERSE: gl.constexpr):
     """Where in the sequence the scan is at its steps; past the end at the last."""
     step = gl.minimum(step, length - 1)
     return length - 1 - step if REVERSE else step
 
 
 @gluon.jit
-def _load_scales(board, ROWS: gl.constexpr, V: gl.constexpr):  # noqa: ANN202
+def _load_scales(board, ROWS: gl.constexpr, V: gl.constexpr):
     """The scales of B and C [T, 1]."""
     threads: gl.constexpr = ROWS.threads_per_warp
     warps: gl.constexpr = ROWS.warps_per_cta
@@ -273,7 +273,7 @@ def _load_scales(board, ROWS: gl.constexpr, V: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _give(out, sums, gain, rest, mask, ROWS: gl.constexpr):  # noqa: ANN202
+def _give(out, sums, gain, rest, mask, ROWS: gl.constexpr):
     """Write C h gain + rest [T, C] from the parts of C h [T, warps, 32] of the lanes."""
     T: gl.constexpr = out.shape[0]
     C: gl.constexpr = out.shape[1]
@@ -287,7 +287,7 @@ def _give(out, sums, gain, rest, mask, ROWS: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _rows(  # noqa: ANN202
+def _rows(
     boards, pairs, sums, bytes_of, scales_of, ready, done, u_q, u_scale, dt_q, dt_scale, dt_bias,
     tokens, token_scales, D, z_q, z_scale, y, length, width, rows, blocks, groups, low, high,
     u_scale_stride, dt_scale_stride, z_scale_stride, u_batch, u_row, dt_batch, dt_row, z_batch,

@@ -26,7 +26,7 @@ from ssmc.kernels.selective_steps import DEEPEST, FEWEST, run_steps
 
 
 @triton.jit
-def _quantised(x, mask):  # noqa: ANN202
+def _quantised(x, mask):
     """Rows of x and a scale for each: (int8 [S, K], scale [S, 1]), as `quantize_dynamic`."""
     values = tl.load(x, mask=mask, other=0.0)
     scale = scale_for(tl.max(tl.abs(values), 1))[:, None]
@@ -34,13 +34,13 @@ def _quantised(x, mask):  # noqa: ANN202
 
 
 @triton.jit
-def _products(x, w):  # noqa: ANN202
+def _products(x, w):
     """int32 [S, D] of int8 x [S, K] and w [D, K], of few rows: without the tensor cores."""
     return tl.sum(x.to(tl.int32)[:, None, :] * w.to(tl.int32)[None, :, :], 2)
 
 
 @triton.jit
-def _halves(low, high, w, scale, GROUP: tl.constexpr):  # noqa: ANN202
+def _halves(low, high, w, scale, GROUP: tl.constexpr):
     """float64 [S, D] of a weight packed in groups: bytes w [D, K/2], its scale [D, K/GROUP].
 
     low, high int8 [S, K/2] are the columns that the low and the high four bits of a byte belong to.
@@ -57,7 +57,7 @@ def _halves(low, high, w, scale, GROUP: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _step_kernel(  # noqa: ANN202
+def _step_kernel(
     x_proj,
     dt_w_q,
     dt_w_scale,

@@ -37,7 +37,7 @@ _AHEAD = 2  # parts of the states that are on their way while one is advanced
 
 
 @triton.jit
-def _columns(rows, kept, rank, K: tl.constexpr, MORE_K: tl.constexpr):  # noqa: ANN202
+def _columns(rows, kept, rank, K: tl.constexpr, MORE_K: tl.constexpr):
     """`rank` columns of the rows pointed at, [rows, K] and, where there are more, [rows, MORE_K].
 
     Zeros where a row is not kept and past the last column.
@@ -53,7 +53,7 @@ def _columns(rows, kept, rank, K: tl.constexpr, MORE_K: tl.constexpr):  # noqa: 
 
 
 @triton.jit
-def _product(x, w):  # noqa: ANN202
+def _product(x, w):
     """Integers in float32 [S, D] of the columns of x [S, ...] and w [D, ...], and a scale a row.
 
     The rows of x are quantised as by `quantize_dynamic`.
@@ -71,16 +71,14 @@ def _product(x, w):  # noqa: ANN202
 
 
 @triton.jit
-def _rounded(values):  # noqa: ANN202
+def _rounded(values):
     """Rows [S, 2, N], each quantised as by `quantize_dynamic`, and dequantised."""
     scale = scale_for(tl.max(tl.abs(values), 2))[:, :, None]
     return to_float(to_int8_within(values, inverse_of(scale))) * scale
 
 
 @triton.jit
-def _states_at(  # noqa: ANN202
-    state, first, channel, batch, width, states, PART: tl.constexpr, N: tl.constexpr
-):
+def _states_at(state, first, channel, batch, width, states, PART: tl.constexpr, N: tl.constexpr):
     """Where the states [PART, channels, N] of sequences first .. first + PART are, and a mask."""
     sequence = first + tl.arange(0, PART)
     n = tl.arange(0, N)
@@ -91,15 +89,13 @@ def _states_at(  # noqa: ANN202
 
 
 @triton.jit
-def _load_states(  # noqa: ANN202
-    state, first, channel, batch, width, states, PART: tl.constexpr, N: tl.constexpr
-):
+def _load_states(state, first, channel, batch, width, states, PART: tl.constexpr, N: tl.constexpr):
     at, mask = _states_at(state, first, channel, batch, width, states, PART, N)
     return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _take(board, first, PART: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr):  # noqa: ANN202
+def _take(board, first, PART: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr):
     """Of rows first .. first + PART of the board dt, dt u [PART, BLOCK_D], B and C [PART, N]."""
     d = tl.arange(0, BLOCK_D)[None, :]
     n = 2 * BLOCK_D + tl.arange(0, N)[None, :]
@@ -108,7 +104,7 @@ def _take(board, first, PART: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def _joined(x, COUNT: tl.constexpr):  # noqa: ANN202
+def _joined(x, COUNT: tl.constexpr):
     """A tuple of COUNT tensors, a power of two, as one: its last dimensions number them."""
     if COUNT == 1:
         return x[0]
@@ -121,7 +117,7 @@ def _joined(x, COUNT: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _rows(parts):  # noqa: ANN202
+def _rows(parts):
     """Parts [P, D], a power of two of them, one below the other; no data moves."""
     P: tl.constexpr = parts[0].shape[0]
     D: tl.constexpr = parts[0].shape[1]
@@ -131,7 +127,7 @@ def _rows(parts):  # noqa: ANN202
 
 
 @triton.jit
-def _steps_kernel(  # noqa: ANN202, C901
+def _steps_kernel(  # noqa: C901
     x_proj,
     dt_w_q,
     dt_w_scale,

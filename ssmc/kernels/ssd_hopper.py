@@ -108,14 +108,14 @@ def _product(width: int) -> Any:
 
 
 @gluon.jit
-def _tile(HEIGHT: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr):  # noqa: ANN202
+def _tile(HEIGHT: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr):
     """Places in shared memory for SLOTS operands of products, float16 [HEIGHT, WIDTH]."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEIGHT, WIDTH], gl.float16)
     return gl.allocate_shared_memory(gl.float16, [SLOTS, HEIGHT, WIDTH], layout)
 
 
 @gluon.jit
-def _places(descriptor, SLOTS: gl.constexpr):  # noqa: ANN202
+def _places(descriptor, SLOTS: gl.constexpr):
     """Places in shared memory for SLOTS copies."""
     # Gluon knows no starred expressions.
     shape: gl.constexpr = [SLOTS] + descriptor.block_type.shape  # noqa: RUF005
@@ -123,7 +123,7 @@ def _places(descriptor, SLOTS: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr):  # noqa: ANN202
+def _barriers(COUNT: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=1)
@@ -131,13 +131,13 @@ def _barriers(COUNT: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _channel_scales(x_scale, x_steps, head, p):  # noqa: ANN202
+def _channel_scales(x_scale, x_steps, head, p):
     """The scales of channels p."""
     return gl.load(x_scale + head * x_steps[2] + p * x_steps[3])
 
 
 @gluon.jit
-def _place_split(x_q, until_end, high_tile, low_tile, SQUARE: gl.constexpr, SPLIT: gl.constexpr):  # noqa: ANN202
+def _place_split(x_q, until_end, high_tile, low_tile, SQUARE: gl.constexpr, SPLIT: gl.constexpr):
     """x of a chunk as the state takes it: as float16, and what that lacks."""
     CHUNK: gl.constexpr = until_end.shape[0]
     x = to_half(x_q.reshape([CHUNK, x_q.shape[2]]).load(SQUARE))
@@ -249,14 +249,14 @@ def sums_kernel(
 
 
 @gluon.jit
-def _sizes(sizes, C_sizes, plane, chunk):  # noqa: ANN202
+def _sizes(sizes, C_sizes, plane, chunk):
     """Of a chunk: the logarithm of its decay, its largest weight, the largest scale of C."""
     whole, largest = gl.load(sizes + chunk), gl.load(sizes + plane + chunk)
     return whole, largest, gl.load(C_sizes + chunk)
 
 
 @gluon.jit
-def _state_scales(reach, channel, largest, chunks):  # noqa: ANN202
+def _state_scales(reach, channel, largest, chunks):
     """The scales of the state's channels: those of x, except where the state is far above.
 
     It reaches up to `reach` in a channel; far is _MARGIN times what a chunk can add. So no channel,
@@ -274,7 +274,7 @@ def _state_scales(reach, channel, largest, chunks):  # noqa: ANN202
 
 
 @gluon.jit
-def _step(known, bound, skip, RANK: gl.constexpr):  # noqa: ANN202
+def _step(known, bound, skip, RANK: gl.constexpr):
     """How the state goes through a chunk, its unit before and behind being 2^-15 of the bound.
 
     The bound behind it, what becomes of the state before it and of `until_end` in the new unit,
@@ -291,7 +291,7 @@ def _step(known, bound, skip, RANK: gl.constexpr):  # noqa: ANN202
 
 
 @gluon.jit
-def _weigh(  # noqa: ANN202
+def _weigh(
     products, kept, whole, size, gain, skip,
     CHUNK: gl.constexpr,
     SQUARE: gl.constexpr,
@@ -313,7 +313,7 @@ def _weigh(  # noqa: ANN202
 
 
 @gluon.jit
-def _ask_first(  # noqa: ANN202
+def _ask_first(
     x, weights, between, places, ready, batch, row, group, chunk, chunks, slot, column,
     CHUNK: gl.constexpr,
 ):  # fmt: skip
@@ -329,7 +329,7 @@ def _ask_first(  # noqa: ANN202
 
 
 @gluon.jit
-def _ask_rows(copies, B_place, C_place, ready, group, chunk, chunks, CHUNK: gl.constexpr):  # noqa: ANN202
+def _ask_rows(copies, B_place, C_place, ready, group, chunk, chunks, CHUNK: gl.constexpr):
     """Begin to copy B and C of a chunk."""
     mbarrier.expect(ready, 2 * copies.block_type.nbytes)
     at = (group * chunks + chunk) * (2 * CHUNK)

@@ -55,7 +55,7 @@ _PROGRAMS = 2  # a multiprocessor
 
 
 @triton.jit
-def _x_scales(x, head, p, width, X_FORM: tl.constexpr):  # noqa: ANN202
+def _x_scales(x, head, p, width, X_FORM: tl.constexpr):
     """The scales of channels p where they have some of their own, else ones."""
     scales = tl.full(p.shape, 1.0, tl.float32)
     if X_FORM == "column":
@@ -64,7 +64,7 @@ def _x_scales(x, head, p, width, X_FORM: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _x_rows(  # noqa: ANN202
+def _x_rows(
     x, batch, head, part, start, position, valid, width,
     CHANNELS: tl.constexpr,
     X_FORM: tl.constexpr,
@@ -136,7 +136,7 @@ def _sums_kernel(
 
 
 @triton.jit
-def _wide(x, COLUMNS: tl.constexpr):  # noqa: ANN202
+def _wide(x, COLUMNS: tl.constexpr):
     """x [T] in each of so many columns."""
     return tl.broadcast_to(x[:, None], x.shape[0], COLUMNS)
 

@@ -17,7 +17,7 @@ from ssmc.kernels.prefetch import prefetch_rows
 
 
 @triton.jit
-def _rounded(values):  # noqa: ANN202
+def _rounded(values):
     """A row [N], quantised with a scale of its own and dequantised."""
     scale = scale_for(tl.max(tl.abs(values), 0))
     return to_int8(values, inverse_of(scale)).to(tl.float32) * scale

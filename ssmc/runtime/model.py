@@ -33,8 +33,8 @@ class CompiledModel(nn.Module):
     pass; `tokenizer` is None where the model has none.
 
     The tensors of `artefact` are moved to `device` (None: stay where they are), and all graphs
-    share them. `backend` is a name of ssmc.lowering.BACKENDS, or `auto`: triton on a CUDA device
-    where it is installed, else cpu.
+    share them. `backend` is a name of ssmc.lowering.BACKENDS, or `auto`: cpu, and on a CUDA
+    device triton, or reference where that is not installed.
     """
 
     def __init__(
@@ -187,11 +187,18 @@ def load(path: str | Path, backend: str = "auto", device: str = "auto") -> Compi
 def choose_backend(name: str, device: torch.device) -> str:
     """The name of a backend, which `auto` leaves to the device and to what is installed.
 
-    Raises DeviceError for Triton's kernels on the CPU of a machine that could run them on its GPU.
+    Raises DeviceError for Triton's kernels on the CPU of a machine that could run them on its GPU,
+    and for a CPU's kernels where the model is on a GPU.
     """
     if name == "auto":
-        installed = importlib.util.find_spec("triton") is not None
-        return "triton" if device.type == "cuda" and installed else "cpu"
+        if device.type != "cuda":
+            return "cpu"
+        return "triton" if importlib.util.find_spec("triton") is not None else "reference"
+    if (name, device.type) == ("cpu", "cuda"):
+        raise DeviceError(
+            "the cpu backend runs on the CPU, and the model is on a GPU",
+            hint="use --device cpu, or --backend triton",
+        )
     interpreted = bool(os.environ.get("TRITON_INTERPRET"))
     if (name, device.type) == ("triton", "cpu") and torch.cuda.is_available() and not interpreted:
         raise DeviceError(

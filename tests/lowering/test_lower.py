@@ -15,7 +15,7 @@ from ssmc.core.dialect import target_name
 from ssmc.core.text import graph_text
 from ssmc.errors import UsageError
 from ssmc.lowering import lower
-from ssmc.lowering.backends.cpu import int8_causal_conv1d, int8_linear
+from ssmc.lowering.backends.plain import int8_causal_conv1d, int8_linear
 from ssmc.lowering.patterns import HEAVY
 from ssmc.quant.weights import quantize_groups
 from ssmc.runtime import CompiledModel

@@ -4,85 +4,109 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, vector
 from ssmc.kernels.cpu.numbers import silu
 from ssmc.kernels.cpu.quantize import quantize_dynamic
-from ssmc.kernels.cpu.words import float32_at, int8_at, int64_at, to_int8
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, share, to_int8
 from ssmc.ops.conv import activate, check_conv
 
 ONE = np.float32(1)
 BLOCK = 256  # channels at a time
 
 
-@kernel()
-def _conv(arguments, thread, threads):
-    """x, its stride, B, L, C, taps, x_scale, w, w_scale, bias, state, new state, SiLU, rounded
-    channels, out_scale, q, y."""
-    a = int64_at(arguments, 17)
-    x, apart, batch, length, width, taps = a[0], a[1], a[2], a[3], a[4], a[5]
-    total, y = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
-    scale, inverse = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float32)
-    weight, bias = np.empty(taps * BLOCK, np.int32), np.zeros(BLOCK, np.float32)
-    blocks = (width + BLOCK - 1) // BLOCK
-    for unit in range(batch * blocks * thread // threads, batch * blocks * (thread + 1) // threads):
-        sequence, first = unit // blocks, unit % blocks * BLOCK
-        n = min(BLOCK, width - first)
-        rounded = min(n, max(0, a[13] - first))
-        x_scale, w_scale = float32_at(a[6] + 4 * first, n), float32_at(a[8] + 4 * first, n)
-        for i in range(n):
-            scale[i] = np.float64(x_scale[i]) * np.float64(w_scale[i])
-        if a[9]:
-            given = float32_at(a[9] + 4 * first, n)
-            for i in range(n):
-                bias[i] = given[i]
-        if rounded:
-            out_scale = float32_at(a[14] + 4 * first, rounded)
-            for i in range(rounded):
-                inverse[i] = ONE / out_scale[i]
-        w = int8_at(a[7] + first * taps, n * taps)
-        for k in range(taps):
-            for i in range(n):
-                weight[k * BLOCK + i] = w[i * taps + k]
-        start = x + sequence * length * apart + first
-        state = a[10] + sequence * (taps - 1) * width + first
-        for t in range(length):
-            for i in range(n):
-                total[i] = 0
-            for k in range(taps):
-                at = t + k - taps + 1
-                if at < 0 and a[10] == 0:
-                    continue
-                source = start + at * apart if at >= 0 else state + (at + taps - 1) * width
-                values, factors = int8_at(source, n), weight[k * BLOCK : (k + 1) * BLOCK]
-                for i in range(n):
-                    total[i] += np.int32(values[i]) * factors[i]
-            for i in range(n):
-                y[i] = np.float32(np.float64(total[i]) * scale[i])
-            if a[9]:
-                for i in range(n):
-                    y[i] += bias[i]
-            if a[12]:
-                for i in range(n):
-                    y[i] = silu(y[i])
-            row = sequence * length + t
-            q = int8_at(a[15] + row * a[13] + first, rounded)
-            for i in range(rounded):
-                q[i] = to_int8(y[i], inverse[i])
-            rest = float32_at(a[16] + 4 * (row * (width - a[13]) + first + rounded - a[13]), n)
-            for i in range(rounded, n):
-                rest[i - rounded] = y[i]
-        for k in range(taps - 1):  # in this order the new state may lie over the old one
-            at = length + k - taps + 1
-            new = int8_at(a[11] + (sequence * (taps - 1) + k) * width + first, n)
-            if at < 0 and a[10] == 0:
-                new[:] = 0
-                continue
-            source = start + at * apart if at >= 0 else state + (at + taps - 1) * width
+@njit
+def _source(x, apart, state, width, taps, at):
+    """The address of the channels at position `at` of a sequence; of those before it in its state.
+
+    0 where there is no state.
+    """
+    if at >= 0:
+        return x + at * apart
+    return state + (at + taps - 1) * width if state else 0
+
+
+@njit
+def _taps(x, apart, state, width, taps, t, weight, total):
+    """The sums of products of position t; weight int32 [taps, BLOCK]."""
+    total[:] = 0
+    for k in range(taps):
+        source = _source(x, apart, state, width, taps, t + k - taps + 1)
+        if source:
+            values, factors = int8_at(source, len(total)), weight[k]
+            for i in range(len(total)):
+                total[i] += np.int32(values[i]) * factors[i]
+
+
+@njit
+def _keep_last(x, apart, state, width, taps, length, n, new):
+    """The last taps - 1 positions; in this order they may be written over the old ones."""
+    for k in range(taps - 1):
+        source = _source(x, apart, state, width, taps, length + k - taps + 1)
+        row = int8_at(new + k * width, n)
+        if source:
             values = int8_at(source, n)
             for i in range(n):
-                new[i] = values[i]
+                row[i] = values[i]
+        else:
+            row[:] = 0
+
+
+@njit
+def _parameters(first, n, taps, x_scale, w, w_scale, bias, weight, scale, shift):
+    """The channels' weights, scales and biases, laid out for loops over channels."""
+    xs, ws = float32_at(x_scale + 4 * first, n), float32_at(w_scale + 4 * first, n)
+    rows = int8_at(w + first * taps, n * taps)
+    for i in range(n):
+        scale[i] = np.float64(xs[i]) * np.float64(ws[i])
+        for k in range(taps):
+            weight[k, i] = rows[i * taps + k]
+    if bias:
+        shift[:n] = float32_at(bias + 4 * first, n)
+
+
+@njit(fastmath={"contract"})
+def _activate(values):
+    for i in range(len(values)):
+        values[i] = silu(values[i])
+
+
+@kernel()
+def _conv(arguments, thread, threads):
+    (
+        x, apart, batch, length, width, taps, x_scale, w, w_scale, bias, state, new, activated,
+        rounded, out_scale, q, y,
+    ) = arguments_at(arguments, 17)  # fmt: skip
+    blocks = (width + BLOCK - 1) // BLOCK
+    sums, values = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
+    scale, shift = np.empty(BLOCK, np.float64), np.zeros(BLOCK, np.float32)
+    weight = np.empty((taps, BLOCK), np.int32)
+    for unit in share(batch * blocks, thread, threads):
+        sequence, first = unit // blocks, unit % blocks * BLOCK
+        n = min(BLOCK, width - first)
+        integers = min(n, max(0, rounded - first))  # of these channels
+        _parameters(first, n, taps, x_scale, w, w_scale, bias, weight, scale, shift)
+        start = x + sequence * length * apart + first
+        given = state + sequence * (taps - 1) * width + first if state else 0
+        scales = float32_at(out_scale + 4 * first, integers)
+        for t in range(length):
+            _taps(start, apart, given, width, taps, t, weight, sums[:n])
+            for i in range(n):
+                values[i] = np.float32(np.float64(sums[i]) * scale[i]) + shift[i]
+            if activated:
+                _activate(values[:n])
+            row = sequence * length + t
+            out = int8_at(q + row * rounded + first, integers)
+            for i in range(integers):
+                out[i] = to_int8(values[i], ONE / scales[i])
+            behind = first + integers - rounded  # floats come after the integers
+            floats = float32_at(y + 4 * (row * (width - rounded) + behind), n - integers)
+            for i in range(n - integers):
+                floats[i] = values[integers + i]
+        kept = new + sequence * (taps - 1) * width + first
+        _keep_last(start, apart, given, width, taps, length, n, kept)
 
 
 def convolve(

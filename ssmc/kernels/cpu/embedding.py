@@ -6,19 +6,19 @@ import numpy as np
 from torch import Tensor
 
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, vector
-from ssmc.kernels.cpu.words import float32_at, int8_at, int64_at
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, int64_at, share
 
 
 @kernel()
 def _embedding(arguments, thread, threads):
-    """ids, how many, weight, columns, scale, whether there is one a row, out."""
-    a = int64_at(arguments, 7)
-    n, ids = a[3], int64_at(a[0], a[1])
-    for i in range(a[1] * thread // threads, a[1] * (thread + 1) // threads):
-        scale = float32_at(a[4] + (4 * ids[i] if a[5] else 0), 1)[0]
-        q, out = int8_at(a[2] + ids[i] * n, n), float32_at(a[6] + 4 * i * n, n)
+    ids, count, w, n, scale, by_row, out = arguments_at(arguments, 7)
+    tokens = int64_at(ids, count)
+    for i in share(count, thread, threads):
+        token = tokens[i]
+        row_scale = float32_at(scale + 4 * token * by_row, 1)[0]
+        q, values = int8_at(w + token * n, n), float32_at(out + 4 * i * n, n)
         for j in range(n):
-            out[j] = np.float32(q[j]) * scale
+            values[j] = np.float32(q[j]) * row_scale
 
 
 def int8_embedding(ids: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:

@@ -23,47 +23,45 @@ from ssmc.kernels.cpu.products import (
     tile_product,
 )
 from ssmc.kernels.cpu.quantize import quantize_segments
-from ssmc.kernels.cpu.words import float32_at, int8_at, int32_at, int64_at, keep, to_int8
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, keep, to_int8
 
 FEW = 8  # rows of x that are multiplied one by one
 PANEL = ROWS * TILE_W
 ONE = np.float32(1)
 
 
-@njit(inline="always")
-def _share(count, size, thread, threads):
-    """The blocks of `size` of a thread: (first, behind the last), as numbers of elements."""
+@njit
+def _blocks(count, size, thread, threads):
+    """The blocks of `size` that are a thread's: their first element, and that behind the last."""
     blocks = (count + size - 1) // size
-    return (
-        blocks * thread // threads * size,
-        min(count, blocks * (thread + 1) // threads * size),
-    )
+    first, last = blocks * thread // threads, blocks * (thread + 1) // threads
+    return first * size, min(count, last * size)
+
+
+@njit
+def _add(values, y):
+    for i in range(len(values)):
+        y[i] += values[i]
 
 
 @njit
 def _finish(sums, count, first, row, a):
     """Sums of products int32 [count], of columns from `first` on, to what they are to become."""
-    n = a[5]
-    x_scale = np.float64(float32_at(a[3] + 4 * row, 1)[0])
-    w_scale = float32_at(a[6] + 4 * first, count)
-    residual, out = a[8] + 4 * (row * a[9] + first), a[10] + row * n * a[11] + first * a[11]
-    y = np.empty(PANEL, np.float32)
+    _, _, _, x_scale, _, n, w_scale, bias, residual, apart, out, out_scale, _ = a
+    y, factor = np.empty(PANEL, np.float32), np.float64(float32_at(x_scale, row + 1)[row])
+    factors = float32_at(w_scale + 4 * first, count)
     for i in range(count):
-        y[i] = np.float32(np.float64(sums[i]) * (x_scale * np.float64(w_scale[i])))
-    if a[7]:
-        bias = float32_at(a[7] + 4 * first, count)
+        y[i] = np.float32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
+    if bias:
+        _add(float32_at(bias + 4 * first, count), y)
+    if residual:
+        _add(float32_at(residual + 4 * (row * apart + first), count), y)
+    if out_scale:
+        scales, q = float32_at(out_scale + 4 * first, count), int8_at(out + row * n + first, count)
         for i in range(count):
-            y[i] += bias[i]
-    if a[8]:
-        added = float32_at(residual, count)
-        for i in range(count):
-            y[i] = added[i] + y[i]
-    if a[12]:
-        out_scale, q = float32_at(a[12] + 4 * first, count), int8_at(out, count)
-        for i in range(count):
-            q[i] = to_int8(y[i], ONE / out_scale[i])
+            q[i] = to_int8(y[i], ONE / scales[i])
     else:
-        written = float32_at(out, count)
+        written = float32_at(out + 4 * (row * n + first), count)
         for i in range(count):
             written[i] = y[i]
 
@@ -77,90 +75,92 @@ def _sum_of(values):
 
 
 @njit
+def _copy_rows(source, stride, count, n, out, out_stride):
+    """The first n bytes of rows, to rows that lie `out_stride` apart."""
+    for row in range(count):
+        values, copied = int8_at(source + row * stride, n), int8_at(out + row * out_stride, n)
+        for i in range(n):
+            copied[i] = values[i]
+
+
+@njit
+def _pack_panel(packed, w, n, k, panel):
+    """PANEL rows of the weight for tiles; what is left of 64 columns by way of a copy."""
+    blocks, rest = k // 64, k % 64
+    tail = np.zeros(ROWS * 64, np.int8)
+    for i in range(TILE_W):
+        first = panel + i * ROWS
+        count, place, source = min(ROWS, n - first), packed + 64 * i, w + first * k
+        if count <= 0:
+            break
+        pack_rows(place, 64 * TILE_W, source, k, count, blocks)
+        if rest:
+            _copy_rows(source + 64 * blocks, k, count, rest, tail.ctypes.data, 64)
+            place += blocks * ROWS * 64 * TILE_W
+            pack_rows(place, 64 * TILE_W, tail.ctypes.data, 64, count, 1)
+    keep(tail)
+
+
+@njit
 def _many(a, thread, threads):
     """Tiles: threads share the rows of x, or where these are few the rows of the weight."""
-    x, x_stride, m, w, n, k = a[0], a[1], a[2], a[4], a[5], a[13]
-    first, last, column, columns = 0, m, 0, n
+    x, x_stride, m, _, w, n, _, _, _, _, _, _, k = a
+    first, last, left, right = 0, m, 0, n
     if m >= 32 * threads:
-        first, last = _share(m, TILE_X, thread, threads)
+        first, last = _blocks(m, TILE_X, thread, threads)
     else:
-        column, columns = _share(n, PANEL, thread, threads)
-    steps, blocks, rest = (k + 3) // 4, k // 64, k % 64
+        left, right = _blocks(n, PANEL, thread, threads)
+    steps = (k + 3) // 4
     packed = np.empty((k // 64 + 1) * 64 * PANEL, np.int8)
-    at = packed.ctypes.data
     tile, excess = np.empty(TILE_X * PANEL, np.int32), np.empty(last - first, np.int32)
-    tail, ends = np.zeros(ROWS * 64, np.int8), np.zeros(TILE_X * (steps * 4), np.int8)
+    whole = np.zeros(TILE_X * steps * 4, np.int8)
     for row in range(first, last):
         excess[row - first] = 128 * _sum_of(int8_at(x + row * x_stride, k))
-    for panel in range(column, columns, PANEL):
-        for i in range(TILE_W):
-            begin = panel + i * ROWS
-            have = min(ROWS, n - begin)
-            if have <= 0:
-                continue
-            place, source = at + 64 * i, w + begin * k
-            pack_rows(place, 64 * TILE_W, source, k, have, blocks)
-            if rest:
-                for r in range(have):
-                    end = int8_at(source + r * k + 64 * blocks, rest)
-                    for j in range(rest):
-                        tail[64 * r + j] = end[j]
-                behind = place + blocks * ROWS * 64 * TILE_W
-                pack_rows(behind, 64 * TILE_W, tail.ctypes.data, 64, have, 1)
+    for panel in range(left, right, PANEL):
+        _pack_panel(packed.ctypes.data, w, n, k, panel)
         width = min(PANEL, n - panel)
         for row in range(first, last, TILE_X):
-            have = min(TILE_X, last - row)
-            source, stride = x + row * x_stride, x_stride
+            count, source, stride = min(TILE_X, last - row), x + row * x_stride, x_stride
             if k % 4:  # a step would read beyond a row
-                stride = 4 * steps
-                for r in range(have):
-                    values = int8_at(source + r * x_stride, k)
-                    for j in range(k):
-                        ends[r * stride + j] = values[j]
-                source = ends.ctypes.data
-            tile_product(tile.ctypes.data, source, stride, have, at, steps)
-            for r in range(have):
+                _copy_rows(source, stride, count, k, whole.ctypes.data, 4 * steps)
+                source, stride = whole.ctypes.data, 4 * steps
+            tile_product(tile.ctypes.data, source, stride, count, packed.ctypes.data, steps)
+            for r in range(count):
                 sums = tile[r * PANEL : (r + 1) * PANEL]
-                for j in range(PANEL):
-                    sums[j] -= excess[row + r - first]
+                for i in range(PANEL):
+                    sums[i] -= excess[row + r - first]
                 _finish(sums, width, panel, row + r, a)
     keep(packed)
+    keep(whole)
 
 
 @njit
 def _few(a, thread, threads):
     """Rows of the weight as they are; threads share them."""
-    x, x_stride, m, w, n, k = a[0], a[1], a[2], a[4], a[5], a[13]
-    first, last = _share(n, ROWS, thread, threads)
+    x, x_stride, m, _, w, n, _, _, _, _, _, _, k = a
+    first, last = _blocks(n, ROWS, thread, threads)
     blocks = (k + 63) // 64
-    padded, sums = np.zeros(m * blocks * 64, np.int8), np.empty(ROWS, np.int32)
-    for row in range(m):
-        values = int8_at(x + row * x_stride, k)
-        for j in range(k):
-            padded[row * blocks * 64 + j] = values[j]
-    copy = np.zeros(ROWS * blocks * 64, np.int8)
+    wide = blocks * 64
+    padded, whole = np.zeros(m * wide, np.int8), np.zeros(ROWS * wide, np.int8)
+    sums = np.empty(ROWS, np.int32)
+    _copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
     for begin in range(first, last, ROWS):
-        have = min(ROWS, n - begin)
-        source, stride = w + begin * k, k
-        if (begin + have - 1) * k + blocks * 64 > n * k:  # it would be read beyond its end
-            stride = blocks * 64
-            for r in range(have):
-                values = int8_at(source + r * k, k)
-                for j in range(k):
-                    copy[r * stride + j] = values[j]
-            source = copy.ctypes.data
+        count, source, stride = min(ROWS, n - begin), w + begin * k, k
+        if (begin + count - 1) * k + wide > n * k:  # the weight would be read beyond its end
+            _copy_rows(source, stride, count, k, whole.ctypes.data, wide)
+            source, stride = whole.ctypes.data, wide
         for row in range(m):
-            place = padded.ctypes.data + row * blocks * 64
-            rows_product(sums.ctypes.data, place, source, stride, have, blocks)
-            _finish(sums, have, begin, row, a)
+            values = padded.ctypes.data + row * wide
+            rows_product(sums.ctypes.data, values, source, stride, count, blocks)
+            _finish(sums, count, begin, row, a)
     keep(padded)
+    keep(whole)
 
 
 @kernel()
 def _linear(arguments, thread, threads):
-    """x, its stride and rows, x_scale, w, N, w_scale, bias, residual, its stride, out, its bytes,
-    out_scale, K."""
-    a = int64_at(arguments, 14)
+    # x, its stride and rows, x_scale, w, N, w_scale, bias, residual, its stride, out, out_scale, K
+    a = arguments_at(arguments, 13)
     if a[2] <= FEW:
         _few(a, thread, threads)
     else:
@@ -182,7 +182,7 @@ def _multiply(
     added, _, added_apart = (None, 0, 0) if residual is None else rows(residual)
     launch(
         _linear, x, apart, count, vector(x_scale, count), w_q, n, vector(w_scale, n), bias, added,
-        added_apart, out, out.element_size(), vector(out_scale, n), k,
+        added_apart, out, vector(out_scale, n), k,
     )  # fmt: skip
     return out
 

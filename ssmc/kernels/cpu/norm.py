@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, vector
 from ssmc.kernels.cpu.numbers import silu
 from ssmc.kernels.cpu.quantize import quantize_row
-from ssmc.kernels.cpu.words import float32_at, float_of_bits, int8_at, int64_at
+from ssmc.kernels.cpu.words import arguments_at, float32_at, float_of_bits, int8_at, share
 from ssmc.quant.rotation import base_factor, check_block
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -65,73 +65,78 @@ def rotate_row(x, block, base, signs, room):
             whole[i] = room[i] * factor
 
 
+@njit
+def _normalise(x, weight, eps, y):
+    """y = x / rms(x), times the weight at an address (0: none)."""
+    factor = _inverse_rms(x, eps)
+    if weight:
+        factors = float32_at(weight, len(x))
+        for i in range(len(x)):
+            y[i] = x[i] * factor * factors[i]
+    else:
+        for i in range(len(x)):
+            y[i] = x[i] * factor
+
+
 @kernel()
 def _norm(arguments, thread, threads):
-    """x, its stride, rows, columns, weight, eps, q, scale, residual, its stride, sum."""
-    a = int64_at(arguments, 11)
-    n, eps = a[3], float_of_bits(a[5])
-    y = np.empty(n, np.float32)
-    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
-        x = float32_at(a[0] + 4 * row * a[1], n)
-        if a[8]:
-            residual = float32_at(a[8] + 4 * row * a[9], n)
-            total = float32_at(a[10] + 4 * row * n, n)
+    x, stride, count, n, weight, eps, q, scale, residual, apart, total = arguments_at(arguments, 11)
+    scales, y = float32_at(scale, count), np.empty(n, np.float32)
+    for row in share(count, thread, threads):
+        values = float32_at(x + 4 * row * stride, n)
+        if residual:
+            added, sums = (
+                float32_at(residual + 4 * row * apart, n),
+                float32_at(total + 4 * row * n, n),
+            )
             for i in range(n):
-                total[i] = residual[i] + x[i]
-            x = total
-        factor = _inverse_rms(x, eps)
-        if a[4]:
-            weight = float32_at(a[4], n)
-            for i in range(n):
-                y[i] = x[i] * factor * weight[i]
-        else:
-            for i in range(n):
-                y[i] = x[i] * factor
-        float32_at(a[7] + 4 * row, 1)[0] = quantize_row(y, int8_at(a[6] + row * n, n))
+                sums[i] = added[i] + values[i]
+            values = sums
+        _normalise(values, weight, float_of_bits(eps), y)
+        scales[row] = quantize_row(y, int8_at(q + row * n, n))
 
 
 @kernel()
 def _gated(arguments, thread, threads):
-    """x, its stride, rows, columns, gate, its stride and scale, weight, eps, group, before,
-    block, base, signs, q, scale."""
-    a = int64_at(arguments, 16)
-    n, eps, group, block, base = a[3], float_of_bits(a[8]), a[9], a[11], a[12]
-    gate_scale, weight = float32_at(a[6], n), float32_at(a[7], n)
+    (
+        x, stride, count, n, gate_q, apart, gate_scale, weight, eps, group, norm_first, block, base,
+        signs, q, scale,
+    ) = arguments_at(arguments, 16)  # fmt: skip
+    gates, scales, matrix = (
+        float32_at(gate_scale, n),
+        float32_at(scale, count),
+        float32_at(signs, base * base),
+    )
     y, gate, room = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(block, np.float32)
-    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
-        x, gate_q = float32_at(a[0] + 4 * row * a[1], n), int8_at(a[4] + row * a[5], n)
+    for row in share(count, thread, threads):
+        values, integers = float32_at(x + 4 * row * stride, n), int8_at(gate_q + row * apart, n)
         for i in range(n):
-            gate[i] = silu(np.float32(gate_q[i]) * gate_scale[i])
-        for i in range(n):
-            y[i] = x[i] if a[10] else x[i] * gate[i]
+            gate[i] = silu(np.float32(integers[i]) * gates[i])
+            y[i] = values[i] if norm_first else values[i] * gate[i]
         for start in range(0, n, group):
-            part, factors = y[start : start + group], weight[start : start + group]
-            factor = _inverse_rms(part, eps)
-            for i in range(group):
-                part[i] = part[i] * factor * factors[i]
-        if a[10]:
+            part = y[start : start + group]
+            _normalise(part, weight + 4 * start, float_of_bits(eps), part)
+        if norm_first:
             for i in range(n):
                 y[i] *= gate[i]
         if block > 1:
-            rotate_row(y, block, base, float32_at(a[13], base * base), room)
-        float32_at(a[15] + 4 * row, 1)[0] = quantize_row(y, int8_at(a[14] + row * n, n))
+            rotate_row(y, block, base, matrix, room)
+        scales[row] = quantize_row(y, int8_at(q + row * n, n))
 
 
 @kernel()
 def _hadamard(arguments, thread, threads):
-    """x, its stride, rows, columns, block, base, signs, y or 0, q or 0, scale."""
-    a = int64_at(arguments, 10)
-    n, block, base = a[3], a[4], a[5]
+    x, stride, count, n, block, base, signs, y, q, scale = arguments_at(arguments, 10)
     room, own = np.empty(block, np.float32), np.empty(n, np.float32)
-    signs = float32_at(a[6], base * base)
-    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
-        x = float32_at(a[0] + 4 * row * a[1], n)
-        y = float32_at(a[7] + 4 * row * n, n) if a[7] else own
+    matrix = float32_at(signs, base * base)
+    for row in share(count, thread, threads):
+        values = float32_at(x + 4 * row * stride, n)
+        rotated = float32_at(y + 4 * row * n, n) if y else own
         for i in range(n):
-            y[i] = x[i]
-        rotate_row(y, block, base, signs, room)
-        if a[8]:
-            float32_at(a[9] + 4 * row, 1)[0] = quantize_row(y, int8_at(a[8] + row * n, n))
+            rotated[i] = values[i]
+        rotate_row(rotated, block, base, matrix, room)
+        if q:
+            float32_at(scale, count)[row] = quantize_row(rotated, int8_at(q + row * n, n))
 
 
 def _results(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,9 +149,7 @@ def rms_norm_quantize(
     """As ssmc::rms_norm_quantize: x [..., D] to (q int8 [..., D], scale [..., 1])."""
     given, count, apart = rows(x)
     q, scale = _results(x)
-    launch(
-        _norm, given, apart, count, x.shape[-1], weight, float(eps), q, scale, None, 0, None
-    )
+    launch(_norm, given, apart, count, x.shape[-1], weight, float(eps), q, scale, None, 0, None)
     return q, scale
 
 
@@ -206,4 +209,3 @@ def hadamard_quantize(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     q, scale = _results(x)
     launch(_hadamard, given, apart, count, x.shape[-1], block, base, signs, None, q, scale)
     return q, scale
-

@@ -21,7 +21,7 @@ _C1, _C2, _C3, _C4, _C5, _C6, _C7 = (
 )  # fmt: skip
 
 
-@njit(inline="always")
+@njit
 def exp2(x):
     """2^x for float32 x, which is taken to be within -126 to 127."""
     x = x if x > _LOWEST else _LOWEST
@@ -37,7 +37,7 @@ def exp2(x):
     return times_power(p * r + ONE, z)
 
 
-@njit(inline="always")
+@njit
 def silu(x):
     """x / (1 + exp(-x))."""
     return x / (ONE + exp2(-x * LOG2E))
@@ -54,7 +54,7 @@ _L = tuple(
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = _L
 
 
-@njit(inline="always")
+@njit
 def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)); relative error below 4e-7."""
     t = exp2(-abs(x) * LOG2E)

@@ -82,14 +82,14 @@ def _broadcast(builder: Any, address: Any) -> Any:
 
 
 @intrinsic
-def tile_product(typing_context, out, x, x_stride, x_rows, packed, steps):  # type: ignore[no-untyped-def]
+def tile_product(typing_context, out, x, x_stride, x_rows, packed, steps):
     """int32 [TILE_X, 16 TILE_W] at `out`: x int8 [8, 4 steps] times a packed weight of 48 rows.
 
     Rows of x are `x_stride` bytes apart; there are `x_rows` of them, and what is behind these is
     not to be looked at. The sums are 128 times the sum of a row of x too large.
     """
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         out, x, stride, rows, packed, steps = arguments
         bases = [_address_of_row(builder, x, stride, i, rows) for i in range(TILE_X)]
 
@@ -112,14 +112,14 @@ def tile_product(typing_context, out, x, x_stride, x_rows, packed, steps):  # ty
 
 
 @intrinsic
-def pack_rows(typing_context, out, out_stride, w, w_stride, w_rows, blocks):  # type: ignore[no-untyped-def]
+def pack_rows(typing_context, out, out_stride, w, w_stride, w_rows, blocks):
     """Rows of a weight as `tile_product` reads them: 16 blocks of 4 columns each, raised by 128.
 
     16 rows of 64 `blocks` bytes, `w_stride` apart, of which `w_rows` count. Four columns of the 16
     are 64 bytes, `out_stride` apart.
     """
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         out, out_stride, w, stride, rows, blocks = arguments
         bases = [_address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
 
@@ -144,14 +144,14 @@ def pack_rows(typing_context, out, out_stride, w, w_stride, w_rows, blocks):  # 
 
 
 @intrinsic
-def rows_product(typing_context, out, x, w, w_stride, w_rows, blocks):  # type: ignore[no-untyped-def]
+def rows_product(typing_context, out, x, w, w_stride, w_rows, blocks):
     """int32 [16] at `out`: 16 rows of a weight times x int8 [64 blocks]; exact.
 
     Rows are `w_stride` bytes apart; there are `w_rows` of them, and what is behind these is not to
     be looked at.
     """
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         out, x, w, stride, rows, blocks = arguments
         bases = [_address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
 

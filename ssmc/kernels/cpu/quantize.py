@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
-from ssmc.kernels.cpu.words import float32_at, int8_at, int64_at, scale_for, to_int8
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, scale_for, share, to_int8
 
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-@njit(inline="always")
+@njit
 def quantize_row(x, q):
     """Round x float32 [n] to q int8 [n]; the scale."""
     largest = ZERO
@@ -30,24 +30,21 @@ def quantize_row(x, q):
 
 @kernel("nnan", "reassoc")
 def _segment(arguments, thread, threads):
-    """x, its stride, rows, columns, q, scale."""
-    a = int64_at(arguments, 6)
-    n = a[3]
-    for row in range(a[2] * thread // threads, a[2] * (thread + 1) // threads):
-        x, q = float32_at(a[0] + 4 * row * a[1], n), int8_at(a[4] + row * n, n)
-        float32_at(a[5] + 4 * row, 1)[0] = quantize_row(x, q)
+    x, stride, count, n, q, scale = arguments_at(arguments, 6)
+    scales = float32_at(scale, count)
+    for row in share(count, thread, threads):
+        values = float32_at(x + 4 * row * stride, n)
+        scales[row] = quantize_row(values, int8_at(q + row * n, n))
 
 
 @kernel()
 def _static(arguments, thread, threads):
-    """x, rows, columns, scale, q."""
-    a = int64_at(arguments, 5)
-    n = a[2]
-    scale = float32_at(a[3], n)
-    for row in range(a[1] * thread // threads, a[1] * (thread + 1) // threads):
-        x, q = float32_at(a[0] + 4 * row * n, n), int8_at(a[4] + row * n, n)
+    x, count, n, scale, q = arguments_at(arguments, 5)
+    scales = float32_at(scale, n)
+    for row in share(count, thread, threads):
+        values, rounded = float32_at(x + 4 * row * n, n), int8_at(q + row * n, n)
         for i in range(n):
-            q[i] = to_int8(x[i], ONE / scale[i])
+            rounded[i] = to_int8(values[i], ONE / scales[i])
 
 
 def quantize_dynamic(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:

@@ -3,82 +3,116 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+from numba import njit
 from torch import Tensor
 
 from ssmc import ops
 from ssmc.errors import UsageError
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, silu, softplus
-from ssmc.kernels.cpu.words import float32_at, int8_at, int64_at
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, share
 
 WIDTH = 32  # channels at a time
 F32 = np.float32
 ZERO = F32(0)
 
 
+@njit
+def _lanes(address, first, n, out):
+    """Parameters of channels from `first` on, in lanes; zeros where there are none."""
+    out[:] = ZERO
+    if address:
+        out[:n] = float32_at(address + 4 * first, n)
+
+
+@njit
+def _transpose(rows, rank, n, lanes):
+    """[n, rank] at an address to [rank, WIDTH], the lanes behind n zero."""
+    lanes[:] = ZERO
+    values = float32_at(rows, n * rank)
+    for i in range(n):
+        for s in range(rank):
+            lanes[s * WIDTH + i] = values[i * rank + s]
+
+
+@njit(fastmath={"contract"})
+def _inputs(u, dt, n, u_scale, dt_scale, bias, positive, u_now, dt_now):
+    """A position's u and step sizes of WIDTH channels, those behind n zero in u."""
+    integers, sizes = int8_at(u, n), int8_at(dt, n)
+    for i in range(n):
+        u_now[i] = F32(integers[i]) * u_scale[i]
+        dt_now[i] = F32(sizes[i]) * dt_scale[i] + bias[i]
+    if positive:
+        for i in range(WIDTH):
+            dt_now[i] = softplus(dt_now[i])
+
+
+@njit(fastmath={"contract"})
+def _advance(B, B_scale, C, C_scale, u, dt, dt_u, decay, skip, h, y):
+    """h = 2^(dt decay) h + dt u B for each state of WIDTH channels; y = C h + D u."""
+    for i in range(WIDTH):
+        dt_u[i] = dt[i] * u[i]
+        y[i] = skip[i] * u[i]
+    for s in range(len(B)):
+        b, c = F32(B[s]) * B_scale, F32(C[s]) * C_scale
+        factor, here = decay[s * WIDTH : (s + 1) * WIDTH], h[s * WIDTH : (s + 1) * WIDTH]
+        for i in range(WIDTH):
+            value = exp2(dt[i] * factor[i]) * here[i] + dt_u[i] * b
+            here[i] = value
+            y[i] += value * c
+
+
+@njit(fastmath={"contract"})
+def _gate(z, scale, y, out):
+    """out = y, times silu(z) where there is an address of it."""
+    if z:
+        gates = int8_at(z, len(out))
+        for i in range(len(out)):
+            out[i] = y[i] * silu(F32(gates[i]) * scale[i])
+    else:
+        for i in range(len(out)):
+            out[i] = y[i]
+
+
 @kernel()
 def _scan(arguments, thread, threads):
-    """u, its stride and scale, dt, its stride and scale, A, B, its stride and scale, C, its stride
-    and scale, D, z, its stride and scale, dt_bias, state, new state, y, batch, length, channels,
-    states, softplus, reverse."""
-    a = int64_at(arguments, 27)
-    batch, length, width, rank = a[21], a[22], a[23], a[24]
-    h, decay = np.empty(rank * WIDTH, F32), np.empty(rank * WIDTH, F32)
-    u, dt, dt_u = np.zeros(WIDTH, F32), np.zeros(WIDTH, F32), np.zeros(WIDTH, F32)
-    y, gate = np.zeros(WIDTH, F32), np.ones(WIDTH, F32)
-    skip, bias = np.zeros(WIDTH, F32), np.zeros(WIDTH, F32)
+    (
+        u, u_apart, u_scale, dt, dt_apart, dt_scale, A, B, B_apart, B_scale, C, C_apart, C_scale, D,
+        z, z_apart, z_scale, dt_bias, state, new, out, batch, length, width, rank, positive,
+        backwards,
+    ) = arguments_at(arguments, 27)  # fmt: skip
+    B_scales, C_scales = float32_at(B_scale, batch * length), float32_at(C_scale, batch * length)
+    h, decay = np.zeros(rank * WIDTH, F32), np.empty(rank * WIDTH, F32)
+    lanes = np.zeros((9, WIDTH), F32)
+    us, dts, zs, skip, bias = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
+    u_now, dt_now, dt_u, y = lanes[5], lanes[6], lanes[7], lanes[8]
     blocks = (width + WIDTH - 1) // WIDTH
-    for unit in range(batch * blocks * thread // threads, batch * blocks * (thread + 1) // threads):
+    for unit in share(batch * blocks, thread, threads):
         sequence, first = unit // blocks, unit % blocks * WIDTH
-        n = min(WIDTH, width - first)
-        A = float32_at(a[6] + 4 * first * rank, n * rank)
-        h[:], decay[:] = ZERO, ZERO
-        for i in range(n):
-            for s in range(rank):
-                decay[s * WIDTH + i] = A[i * rank + s] * LOG2E
-        if a[18]:
-            state = float32_at(a[18] + 4 * (sequence * width + first) * rank, n * rank)
-            for i in range(n):
-                for s in range(rank):
-                    h[s * WIDTH + i] = state[i * rank + s]
-        if a[13]:
-            skip[:n] = float32_at(a[13] + 4 * first, n)
-        if a[17]:
-            bias[:n] = float32_at(a[17] + 4 * first, n)
-        u_scale, dt_scale = float32_at(a[2] + 4 * first, n), float32_at(a[5] + 4 * first, n)
+        n, offset = min(WIDTH, width - first), 4 * (sequence * width + first) * rank
+        _lanes(u_scale, first, n, us)
+        _lanes(dt_scale, first, n, dts)
+        _lanes(z_scale, first, n, zs)
+        _lanes(D, first, n, skip)
+        _lanes(dt_bias, first, n, bias)
+        _transpose(A + 4 * first * rank, rank, n, decay)
+        for i in range(rank * WIDTH):
+            decay[i] *= LOG2E
+        h[:] = ZERO
+        if state:
+            _transpose(state + offset, rank, n, h)
         for step in range(length):
-            row = sequence * length + (length - 1 - step if a[26] else step)
-            u_q, dt_q = int8_at(a[0] + row * a[1] + first, n), int8_at(a[3] + row * a[4] + first, n)
-            for i in range(n):
-                u[i] = np.float32(u_q[i]) * u_scale[i]
-                dt[i] = np.float32(dt_q[i]) * dt_scale[i] + bias[i]
-            if a[25]:
-                for i in range(WIDTH):
-                    dt[i] = softplus(dt[i])
-            for i in range(WIDTH):
-                dt_u[i] = dt[i] * u[i]
-                y[i] = skip[i] * u[i]
-            B, C = int8_at(a[7] + row * a[8], rank), int8_at(a[10] + row * a[11], rank)
-            B_scale, C_scale = float32_at(a[9], row + 1)[row], float32_at(a[12], row + 1)[row]
-            for s in range(rank):
-                b, c = np.float32(B[s]) * B_scale, np.float32(C[s]) * C_scale
-                factor, here = decay[s * WIDTH : (s + 1) * WIDTH], h[s * WIDTH : (s + 1) * WIDTH]
-                for i in range(WIDTH):
-                    value = exp2(dt[i] * factor[i]) * here[i] + dt_u[i] * b
-                    here[i] = value
-                    y[i] += value * c
-            if a[14]:
-                z, z_scale = int8_at(a[14] + row * a[15] + first, n), float32_at(a[16] + 4 * first, n)
-                for i in range(n):
-                    gate[i] = silu(np.float32(z[i]) * z_scale[i])
-            out = float32_at(a[20] + 4 * (row * width + first), n)
-            for i in range(n):
-                out[i] = y[i] * gate[i]
-        new = float32_at(a[19] + 4 * (sequence * width + first) * rank, n * rank)
+            row = sequence * length + (length - 1 - step if backwards else step)
+            u_row, dt_row = u + row * u_apart + first, dt + row * dt_apart + first
+            _inputs(u_row, dt_row, n, us, dts, bias, positive, u_now, dt_now)
+            b, c = int8_at(B + row * B_apart, rank), int8_at(C + row * C_apart, rank)
+            _advance(b, B_scales[row], c, C_scales[row], u_now, dt_now, dt_u, decay, skip, h, y)
+            written = float32_at(out + 4 * (row * width + first), n)
+            _gate(z + row * z_apart + first if z else 0, zs, y, written)
+        last = float32_at(new + offset, n * rank)
         for i in range(n):
             for s in range(rank):
-                new[i * rank + s] = h[s * WIDTH + i]
+                last[i * rank + s] = h[s * WIDTH + i]
 
 
 def _plain(scale: Tensor | None, *allowed: int) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, softplus
-from ssmc.kernels.cpu.words import float32_at, float_of_bits, int8_at, int64_at
+from ssmc.kernels.cpu.words import arguments_at, float32_at, float_of_bits, int8_at, share
 
 ZERO = np.float32(0)
 
@@ -28,48 +27,57 @@ def _advance(h, decay, update, B, C):
     return total
 
 
+@njit
+def _dequantise(q, scale, values):
+    integers = int8_at(q, len(values))
+    for i in range(len(values)):
+        values[i] = np.float32(integers[i]) * scale
+
+
+@njit
+def _first_state(state, new):
+    """The state at an address, or zeros where there is none, where the new one is to be."""
+    if state:
+        given = float32_at(state, len(new))
+        for i in range(len(new)):
+            new[i] = given[i]
+    else:
+        new[:] = ZERO
+
+
 @kernel()
 def _scan(arguments, thread, threads):
-    """x, its stride and scale, dt, its stride and scale, A, B, its stride and scale, C, its stride
-    and scale, D, dt_bias, state, new state, y, batch, length, heads, channels, groups, states,
-    least and largest dt, reverse."""
-    a = int64_at(arguments, 27)
-    batch, length, heads, width, groups, rank = a[18], a[19], a[20], a[21], a[22], a[23]
-    least, largest = np.float32(float_of_bits(a[24])), np.float32(float_of_bits(a[25]))
-    B, C = np.empty(rank, np.float32), np.empty(rank, np.float32)
-    A, dt_scale = float32_at(a[6], heads), float32_at(a[5], heads)
-    for unit in range(batch * heads * thread // threads, batch * heads * (thread + 1) // threads):
+    (
+        x, x_apart, x_scale, dt, dt_apart, dt_scale, A, B, B_apart, B_scale, C, C_apart, C_scale, D,
+        dt_bias, state, new, y, batch, length, heads, width, groups, rank, least, most, backwards,
+    ) = arguments_at(arguments, 27)  # fmt: skip
+    shortest, longest = np.float32(float_of_bits(least)), np.float32(float_of_bits(most))
+    B_now, C_now = np.empty(rank, np.float32), np.empty(rank, np.float32)
+    rates, dt_scales = float32_at(A, heads), float32_at(dt_scale, heads)
+    count, cells = batch * length * groups, width * rank
+    B_scales, C_scales = float32_at(B_scale, count), float32_at(C_scale, count)
+    for unit in share(batch * heads, thread, threads):
         sequence, head = unit // heads, unit % heads
-        group, cells = head * groups // heads, width * rank
-        new = float32_at(a[16] + 4 * unit * cells, cells)
-        if a[15]:
-            state = float32_at(a[15] + 4 * unit * cells, cells)
-            for i in range(cells):
-                new[i] = state[i]
-        else:
-            new[:] = ZERO
-        x_scale = float32_at(a[2] + 4 * head * width, width)
-        bias = float32_at(a[14] + 4 * head, 1)[0] if a[14] else ZERO
-        skip = float32_at(a[13] + 4 * head, 1)[0] if a[13] else ZERO
+        group = head * groups // heads
+        h = float32_at(new + 4 * unit * cells, cells)
+        _first_state(state + 4 * unit * cells if state else 0, h)
+        scales = float32_at(x_scale + 4 * head * width, width)
+        bias = float32_at(dt_bias, heads)[head] if dt_bias else ZERO
+        skip = float32_at(D, heads)[head] if D else ZERO
         for step in range(length):
-            row = sequence * length + (length - 1 - step if a[26] else step)
-            dt = np.float32(int8_at(a[3] + row * a[4] + head, 1)[0]) * dt_scale[head] + bias
-            dt = min(max(softplus(dt), least), largest)
-            decay = exp2(dt * A[head] * LOG2E)
-            at = row * groups + group
-            B_q, C_q = int8_at(a[7] + row * a[8] + group * rank, rank), int8_at(
-                a[10] + row * a[11] + group * rank, rank
-            )
-            B_scale, C_scale = float32_at(a[9] + 4 * at, 1)[0], float32_at(a[12] + 4 * at, 1)[0]
-            for s in range(rank):
-                B[s] = np.float32(B_q[s]) * B_scale
-                C[s] = np.float32(C_q[s]) * C_scale
-            x = int8_at(a[0] + row * a[1] + head * width, width)
-            out = float32_at(a[17] + 4 * (row * heads + head) * width, width)
+            row = sequence * length + (length - 1 - step if backwards else step)
+            size = np.float32(int8_at(dt + row * dt_apart, heads)[head]) * dt_scales[head] + bias
+            size = min(max(softplus(size), shortest), longest)
+            decay = exp2(size * rates[head] * LOG2E)
+            at, offset = row * groups + group, group * rank
+            _dequantise(B + row * B_apart + offset, B_scales[at], B_now)
+            _dequantise(C + row * C_apart + offset, C_scales[at], C_now)
+            values = int8_at(x + row * x_apart + head * width, width)
+            out = float32_at(y + 4 * (row * heads + head) * width, width)
             for p in range(width):
-                value = np.float32(x[p]) * x_scale[p]
-                h = new[p * rank : (p + 1) * rank]
-                out[p] = _advance(h, decay, dt * value, B, C) + skip * value
+                value = np.float32(values[p]) * scales[p]
+                product = _advance(h[p * rank : (p + 1) * rank], decay, size * value, B_now, C_now)
+                out[p] = product + skip * value
 
 
 def int8_ssd_scan(

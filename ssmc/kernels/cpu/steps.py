@@ -70,11 +70,12 @@ def selective_scan_step(
     """As ssmc::selective_scan_step; the new state is written over `state` where that is float32."""
     rank = A.shape[1]
     sizes = [x_proj.shape[-1] - 2 * rank, rank, rank]
-    low, low_scale, *pairs = quantize_segments(x_proj, sizes)
+    low, low_scale, *B_and_C = quantize_segments(x_proj, sizes)
     dt_q = int8_linear_quantize(low, low_scale, dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
     wide = _widened(state)
-    operands = (u_q, u_scale, dt_q, dt_scale, A, *pairs, D, z_q, z_scale, dt_bias)
-    y, new = selective_scan(*operands, wide, softplus, False, wide)
+    B, B_scale, C, C_scale = B_and_C
+    operands = (u_q, u_scale, dt_q, dt_scale, A, B, B_scale, C, C_scale, D, z_q, z_scale)
+    y, new = selective_scan(*operands, dt_bias, wide, softplus, False, wide)
     return y, _narrowed(new, state)
 
 

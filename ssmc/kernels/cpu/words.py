@@ -17,15 +17,19 @@ F32 = ir.FloatType()
 ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves no fraction bits, half to even
 
 
+def _word(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, I64.as_pointer())
+
+
 # -- memory -----------------------------------------------------------------------------------
 
 
 def _pointer(member: Any) -> Any:
     @intrinsic
-    def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    def pointer(typing_context, address):
         kind = types.CPointer(member)
 
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], context.get_value_type(kind))
 
         return kind(types.int64), generate
@@ -37,34 +41,40 @@ _to_float32, _to_float64 = _pointer(types.float32), _pointer(types.float64)
 _to_int8, _to_int32, _to_int64 = map(_pointer, (types.int8, types.int32, types.int64))
 
 
-@njit(inline="always")
+@njit
 def float32_at(address, count):
     """The array of `count` float32 at an address."""
     return carray(_to_float32(address), count)
 
 
-@njit(inline="always")
+@njit
 def float64_at(address, count):
     """The array of `count` float64 at an address."""
     return carray(_to_float64(address), count)
 
 
-@njit(inline="always")
+@njit
 def int8_at(address, count):
     """The array of `count` int8 at an address."""
     return carray(_to_int8(address), count)
 
 
-@njit(inline="always")
+@njit
 def int32_at(address, count):
     """The array of `count` int32 at an address."""
     return carray(_to_int32(address), count)
 
 
-@njit(inline="always")
+@njit
 def int64_at(address, count):
     """The array of `count` int64 at an address."""
     return carray(_to_int64(address), count)
+
+
+@njit
+def share(count, thread, threads):
+    """The range of `count` things that is a thread's."""
+    return range(count * thread // threads, count * (thread + 1) // threads)
 
 
 @njit
@@ -73,14 +83,27 @@ def keep(scratch):
     return len(scratch)
 
 
+@intrinsic(prefer_literal=True)
+def arguments_at(typing_context, address, count):
+    """The `count` (a constant) int64 at an address, as a tuple."""
+    kind = types.UniTuple(types.int64, count.literal_value)
+
+    def generate(context, builder, signature, arguments):
+        first = _word(builder, arguments[0])
+        places = (builder.gep(first, [ir.Constant(I64, i)]) for i in range(kind.count))
+        return context.make_tuple(builder, kind, [builder.load(place) for place in places])
+
+    return kind(types.int64, count), generate
+
+
 # -- numbers ----------------------------------------------------------------------------------
 
 
 @intrinsic
-def times_power(typing_context, y, z):  # type: ignore[no-untyped-def]
+def times_power(typing_context, y, z):
     """y * 2^n for the float32 z = n + ROUND and a normal result."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         y, z = (builder.bitcast(value, I32) for value in arguments)
         return builder.bitcast(builder.add(y, builder.shl(z, ir.Constant(I32, 23))), F32)
 
@@ -88,9 +111,9 @@ def times_power(typing_context, y, z):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _rounded(typing_context, x, inverse):  # type: ignore[no-untyped-def]
+def _rounded(typing_context, x, inverse):
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         value = builder.fmul(*arguments)
         for sign, bound in (("<", 127.0), (">", -127.0)):
             limit = ir.Constant(F32, bound)
@@ -111,14 +134,12 @@ def to_int8(x, inverse):
 
 
 @intrinsic
-def scale_for(typing_context, absmax):  # type: ignore[no-untyped-def]
+def scale_for(typing_context, absmax):
     """`ssmc.quant.formats.scale_for` for 8 bits: bf16_up(absmax / 127), at least 2^-126."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         bits = builder.bitcast(builder.fdiv(arguments[0], ir.Constant(F32, 127.0)), I32)
-        up = builder.and_(
-            builder.add(bits, ir.Constant(I32, 0xFFFF)), ir.Constant(I32, -65536)
-        )
+        up = builder.and_(builder.add(bits, ir.Constant(I32, 0xFFFF)), ir.Constant(I32, -65536))
         scale, least = builder.bitcast(up, F32), ir.Constant(F32, 2.0**-126)
         return builder.select(builder.fcmp_ordered(">", scale, least), scale, least)
 
@@ -126,10 +147,10 @@ def scale_for(typing_context, absmax):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
+def float_of_bits(typing_context, bits):
     """The float64 whose bits an int64 has."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.DoubleType())
 
     return types.float64(types.int64), generate
@@ -138,46 +159,42 @@ def float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
 # -- threads ----------------------------------------------------------------------------------
 
 
-def _word(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, I64.as_pointer())
-
-
 @intrinsic
-def atomic_add(typing_context, address, value):  # type: ignore[no-untyped-def]
+def atomic_add(typing_context, address, value):
     """Add to the int64 at an address; what was there before."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", _word(builder, arguments[0]), arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
-def atomic_swap(typing_context, address, value):  # type: ignore[no-untyped-def]
+def atomic_swap(typing_context, address, value):
     """Put a value in place of the int64 at an address; what was there before."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("xchg", _word(builder, arguments[0]), arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
-def atomic_load(typing_context, address):  # type: ignore[no-untyped-def]
+def atomic_load(typing_context, address):
     """The int64 at an address, and after it all that was written before it was."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.load_atomic(_word(builder, arguments[0]), "seq_cst", 8)
 
     return types.int64(types.int64), generate
 
 
 @intrinsic
-def call_at(typing_context, function, arguments, thread, threads):  # type: ignore[no-untyped-def]
+def call_at(typing_context, function, arguments, thread, threads):
     """Call the kernel at an address."""
     kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
 
-    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, given):
         builder.call(builder.inttoptr(given[0], kind.as_pointer()), given[1:])
         return context.get_dummy_value()
 

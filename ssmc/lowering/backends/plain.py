@@ -1,4 +1,4 @@
-"""Integer operators in plain torch, for processors: sums that stay exact in the fastest unit at hand.
+"""Integer operators in plain torch, for CPUs: sums that stay exact in the fastest unit at hand.
 
 A product of 8-bit integers is at most 2^14, so 1,024 of them add up exactly in float32, whose
 matrix product every CPU does at full rate; torch's int8 product is 10 to 30 times slower where
