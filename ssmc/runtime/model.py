@@ -19,7 +19,9 @@ from ssmc.errors import DeviceError, UsageError
 from ssmc.lowering import Form, Lowered, lower
 from ssmc.runtime.arguments import generate
 from ssmc.runtime.artefact import TENSORS, Artefact, read_artefact, write_artefact
+from ssmc.runtime.capture import Recorder
 from ssmc.runtime.padding import real_tokens, run_padded
+from ssmc.runtime.replay import TapeRecorder
 from ssmc.runtime.session import LARGEST_PIECE, Session
 
 Execution = Literal["simulated", "lowered"]
@@ -123,9 +125,15 @@ class CompiledModel(nn.Module):
             (lambda form: self.form(form).graph) if lowered else (lambda form: self.graph),
             batch,
             self.device,
-            capture=lowered and self.lowered.backend.can_record(self.device),
+            recorder=self._recorder() if lowered else None,
             prefill_piece=prefill_piece,
         )
+
+    def _recorder(self) -> type[Recorder] | type[TapeRecorder] | None:
+        """What records the backend's calls, if they can be."""
+        if not self.lowered.backend.can_record(self.device):
+            return None
+        return Recorder if self.device.type == "cuda" else TapeRecorder
 
     @contextlib.contextmanager
     def lend_session(self, batch: int) -> Iterator[Session]:

@@ -28,15 +28,15 @@ class TapeRecorder:
 
     forms: tuple[Form, ...] = ("step",)
 
-    def __init__(self, states: States) -> None:
-        self.states = states
+    def __init__(self, states: States, device: torch.device) -> None:
+        self.states, self.device = states, device
 
     def record(self, program: Graph, shape: tuple[int, int]) -> TapeRecording:
         """`advance` for ids of `shape` [batch, length], recorded; the states stay as they are."""
         from ssmc.kernels.cpu.launch import Tape, run_torch
 
         before = {name: state.clone() for name, state in self.states.items()}
-        ids = torch.zeros(shape, dtype=torch.int64)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
         with torch.no_grad(), Tape() as tape:
             runner = _Runner(program.module)
             result, new = runner.run(ids, *(self.states[s.name] for s in program.states))

@@ -25,10 +25,10 @@ class Session:
     """The states of `batch` sequences, which every call overwrites, and the calls.
 
     `programs` gives the graph of each form. Prompts run in pieces of at most `prefill_piece`
-    tokens. With `capture` a call is recorded the first time its length occurs, and replayed from
-    then on. On a CUDA device it is a CUDA graph; the lengths of pieces are then powers of two, so
-    that a few recordings serve every prompt and nothing is padded. What cannot be recorded runs
-    kernel by kernel, and a warning says why. On a CPU steps are recorded, as tapes of kernels.
+    tokens. With a `recorder` a call is recorded the first time its length occurs, and replayed from
+    then on: as a CUDA graph, or on a CPU as a tape. Where that takes prompts too, the lengths of
+    pieces are powers of two, so that a few recordings serve every prompt and nothing is padded.
+    What cannot be recorded runs kernel by kernel, and a warning says why.
 
     States that hold a row for each token have room for a number of them. Where that is used up they
     move to buffers of twice the size, and calls are recorded anew.
@@ -40,14 +40,14 @@ class Session:
         batch: int,
         device: torch.device,
         *,
-        capture: bool = False,
+        recorder: type[Recorder] | type[TapeRecorder] | None = None,
         prefill_piece: int = LARGEST_PIECE,
     ) -> None:
         _check_sizes(batch, prefill_piece)
         self.batch, self.device, self.prefill_piece = batch, device, prefill_piece
         self._programs = programs
         self._recordings: dict[int, Recording | TapeRecording] = {}
-        self._capture = capture
+        self._make_recorder = recorder
         self._specs = programs("step").states
         self._tokens, self._room = 0, FIRST_ROOM
         self._single: Session | None = None
@@ -124,7 +124,7 @@ class Session:
             self._programs,
             1,
             self.device,
-            capture=self._capture,
+            recorder=self._make_recorder,
             prefill_piece=self.prefill_piece,
         )
 
@@ -144,7 +144,7 @@ class Session:
         """Take buffers for the states; what was recorded on others is gone."""
         self.states = states
         self._recordings.clear()
-        self._recorder = _recorder(states, self.device) if self._capture else None
+        self._recorder = self._make_recorder(states, self.device) if self._make_recorder else None
         self._captured: set[Form] = set(self._recorder.forms) if self._recorder else set()
 
     def _make_room(self, tokens: int) -> None:
@@ -193,10 +193,6 @@ class Session:
             warnings.warn(f"{text}: such calls run kernel by kernel", RuntimeWarning, stacklevel=4)
         else:
             self._recordings[length] = recording
-
-
-def _recorder(states: States, device: torch.device) -> Recorder | TapeRecorder:
-    return Recorder(states, device) if device.type == "cuda" else TapeRecorder(states)
 
 
 def pieces(length: int, largest: int, smallest: int) -> list[int]:

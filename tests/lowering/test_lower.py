@@ -14,14 +14,15 @@ from ssmc.core import Graph
 from ssmc.core.dialect import target_name
 from ssmc.core.text import graph_text
 from ssmc.errors import UsageError
-from ssmc.lowering import lower
-from ssmc.lowering.backends.plain import int8_causal_conv1d, int8_linear
+from ssmc.lowering import Backend, lower
+from ssmc.lowering.backends.plain import PLAIN, int8_causal_conv1d, int8_linear
+from ssmc.lowering.backends.reference import REFERENCE
 from ssmc.lowering.patterns import HEAVY
 from ssmc.quant.weights import quantize_groups
 from ssmc.runtime import CompiledModel
 
 ARCHITECTURES = ["mamba", "mamba-no-conv-bias", "falcon", "mamba2", "mamba2-groups"]
-BACKENDS = ["reference", "cpu"]  # those that give the bits of the simulation
+BACKENDS = [REFERENCE, PLAIN]  # those that give the bits of the simulation
 SHAPES = [(1, 1), (3, 2), (2, 17), (1, 63)]
 
 
@@ -35,7 +36,7 @@ def operators(graph: Graph) -> set[str]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lowers_every_heavy_operator(compiled: CompiledModel, backend: str) -> None:
+def test_lowers_every_heavy_operator(compiled: CompiledModel, backend: Backend) -> None:
     lowered = lower(compiled.graph, backend)
     heavy = [n.name for name in HEAVY for n in compiled.graph.calls(name)]
     assert lowered.kept == []
@@ -47,14 +48,16 @@ def test_lowers_every_heavy_operator(compiled: CompiledModel, backend: str) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lowered_logits_are_the_simulated_bit_for_bit(
-    compiled: CompiledModel, backend: str, shape: tuple[int, int]
+    compiled: CompiledModel, backend: Backend, shape: tuple[int, int]
 ) -> None:
     lowered, ids = lower(compiled.graph, backend), tokens(*shape)
     assert torch.equal(lowered.graph(ids)[0], compiled.graph(ids)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_decoding_from_states_equals_the_simulation(compiled: CompiledModel, backend: str) -> None:
+def test_decoding_from_states_equals_the_simulation(
+    compiled: CompiledModel, backend: Backend
+) -> None:
     lowered, ids = lower(compiled.graph, backend).graph, tokens(2, 12)
     cuts = (0, 7, 8, 9, 12)
     pieces = [ids[:, a:b] for a, b in pairwise(cuts)]
@@ -107,7 +110,7 @@ def test_what_is_left_in_float_is_kept_with_a_reason(option: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_of_4_bits_give_the_simulated_bits(backend: str) -> None:
+def test_weights_of_4_bits_give_the_simulated_bits(backend: Backend) -> None:
     compiled = compile_tiny("mamba2", "hadamard,percentile,quantise{weights=4,group=8}")
     lowered, ids = lower(compiled.graph, backend), tokens(2, 9)
     assert lowered.kept == []

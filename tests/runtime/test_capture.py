@@ -14,6 +14,7 @@ from ssmc.core.state import OPEN, POSITION
 from ssmc.errors import DeviceError
 from ssmc.lowering import Form
 from ssmc.runtime import CompiledModel
+from ssmc.runtime.capture import Recorder
 from ssmc.runtime.session import Session
 
 from .counter import Counter
@@ -30,11 +31,13 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=["mamba", "mamba2"])
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
-    return compile_tiny(request.param)
+    return CompiledModel(compile_tiny(request.param).artefact, "reference")
 
 
 def recorded(model: CompiledModel, batch: int) -> Session:
-    return Session(lambda form: model.form(form).graph, batch, CPU, capture=True, prefill_piece=32)
+    return Session(
+        lambda form: model.form(form).graph, batch, CPU, recorder=Recorder, prefill_piece=32
+    )
 
 
 def in_pieces(model: CompiledModel, batch: int) -> Session:
@@ -95,7 +98,7 @@ def counting(fails: Form | None = None) -> tuple[Session, dict[Form, Counter]]:
     def program(form: Form) -> Graph:
         return programs[form]  # type: ignore[return-value]
 
-    return Session(program, 2, CPU, capture=True), programs
+    return Session(program, 2, CPU, recorder=Recorder), programs
 
 
 def test_states_in_place_and_in_other_buffers() -> None:
@@ -166,7 +169,7 @@ class Diary:
 
 def test_calls_are_recorded_anew_when_caches_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssmc.runtime.session.FIRST_ROOM", 32)
-    session = Session(lambda form: Diary(), 2, CPU, capture=True)  # type: ignore[arg-type, return-value]
+    session = Session(lambda form: Diary(), 2, CPU, recorder=Recorder)  # type: ignore[arg-type, return-value]
     whole = torch.zeros(2, 0, dtype=torch.int64)
     for length, recorded in ((16, [16]), (1, [1, 16]), (16, [16]), (1, [1, 16]), (1, [1, 16])):
         ids = tokens(2, length)

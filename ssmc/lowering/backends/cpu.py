@@ -1,7 +1,7 @@
 """The `cpu` backend: int8 kernels that Numba compiles for the processor at hand.
 
-Numba is imported when a graph is lowered for it, not before. Where it is missing, the operators run
-as plain torch: the integer ones with sums that stay exact in the fastest unit at hand.
+Numba is imported when a graph is lowered for it, not before. Where it is missing, the backend is
+that of `ssmc.lowering.backends.plain`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ssmc.lowering.backends import plain
 from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
+from ssmc.lowering.backends.plain import PLAIN
 from ssmc.lowering.fusion import FUSIONS, SPLITS
 from ssmc.lowering.steps import STEPS
 
@@ -80,25 +80,19 @@ TOLERANCES: dict[str, Tolerance] = {
 
 @dataclass(frozen=True)
 class CPUBackend(Backend):
-    """A backend whose kernels are loaded when they are needed, and plain torch without Numba."""
+    """A backend whose kernels are loaded when they are needed."""
 
     def load(self) -> Kernels:
         """The kernels."""
         return _load()
 
     def can_record(self, device: torch.device) -> bool:
-        """As tapes, where Numba is there."""
-        return device.type == "cpu" and _has_numba()
-
-
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+        """As tapes."""
+        return device.type == "cpu"
 
 
 @functools.cache
 def _load() -> Kernels:
-    if not _has_numba():
-        return plain.KERNELS
     modules = {name: importlib.import_module(f"ssmc.kernels.cpu.{name}") for name in KERNELS}
     return {
         f"ssmc::{name}": getattr(modules[module], name)
@@ -107,9 +101,10 @@ def _load() -> Kernels:
     }
 
 
-CPU = CPUBackend(
+COMPILED = CPUBackend(
     "cpu",
     rules=(FUSIONS, SPLITS),
     step_rules=(FUSIONS, STEPS, SPLITS),
     tolerances={f"ssmc::{name}": tolerance for name, tolerance in TOLERANCES.items()},
 )
+CPU: Backend = COMPILED if importlib.util.find_spec("numba") is not None else PLAIN

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.lowering.backends.backend import Kernels
+from ssmc.lowering.backends.backend import Backend
 
 EXACT = 1024  # 127 * 127 * 1024 < 2^24, the integers float32 holds without gaps
 
@@ -59,7 +59,7 @@ def int8_causal_conv1d(
     return torch.nn.functional.silu(y) if activation == "silu" else y, padded[:, length:].clone()
 
 
-KERNELS: Kernels = {
-    "ssmc::int8_linear": int8_linear,
-    "ssmc::int8_causal_conv1d": int8_causal_conv1d,
-}
+PLAIN = Backend(
+    "cpu",
+    {"ssmc::int8_linear": int8_linear, "ssmc::int8_causal_conv1d": int8_causal_conv1d},
+)

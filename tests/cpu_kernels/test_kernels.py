@@ -1,0 +1,189 @@
+"""Kernels for the CPU against the operators: integers bit by bit, floats within what is stated."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from ops.samples import samples
+from torch import Tensor
+
+from ssmc import ops
+from ssmc.errors import UsageError
+from ssmc.lowering.backends import cpu
+from ssmc.quant.formats import bf16_up, quantize_weight
+
+pytest.importorskip("numba")
+
+EXACT = {
+    "int8_embedding", "int8_linear", "int8_linear_add", "int8_linear_quantize", "int8_linear_split",
+    "quantize", "quantize_dynamic",
+}  # fmt: skip
+NAMES = sorted(name for names in cpu.KERNELS.values() for name in names)
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    return cpu.COMPILED.load()[f"ssmc::{name}"]
+
+
+def members(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def copies(args: tuple[Any, ...]) -> Iterator[Any]:
+    return (a.clone() if isinstance(a, Tensor) else a for a in args)
+
+
+def check(name: str, *args: Any) -> None:
+    """One call of the kernel and one of the operator, held against the stated tolerance."""
+    got = members(kernel(name)(*copies(args)))
+    expected = members(getattr(ops, name)(*copies(args)))
+    assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected]
+    allowed = cpu.COMPILED.tolerance(f"ssmc::{name}")
+    for g, e in zip(got, expected, strict=True):
+        if name in EXACT:
+            assert torch.equal(g, e)
+        elif e.is_floating_point():
+            assert (g.double() - e.double()).norm() <= allowed.error * e.double().norm() + 1e-30
+        else:
+            apart = (g.int() - e.int()).abs()
+            assert apart.max() <= 1
+            assert apart.sum() <= allowed.flips * apart.numel()
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def scales(*shape: int) -> Tensor:
+    return bf16_up(0.01 + 0.02 * torch.rand(shape))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_of_the_operators(name: str) -> None:
+    mine = [args for operator, args in samples() if operator == name]
+    assert mine
+    for args in mine:
+        check(name, *args)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_the_operators(name: str) -> None:
+    given = inspect.signature(kernel(name)).parameters.values()
+    expected = inspect.signature(getattr(ops, name)).parameters.values()
+    assert [(p.name, p.default) for p in given] == [(p.name, p.default) for p in expected]
+
+
+def test_tolerances_are_of_operators_that_have_kernels() -> None:
+    assert set(cpu.TOLERANCES) <= set(NAMES) - EXACT
+    assert cpu.COMPILED.tolerance("ssmc::int8_linear").error == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 17, 63), (8, 48, 64), (9, 100, 63), (70, 49, 130), (33, 5, 1000), (200, 96, 2)],
+)
+def test_products_have_the_operators_bits(m: int, n: int, k: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        args = (integers(m, k), scales(m, 1), *quantize_weight(torch.randn(n, k)))
+        check("int8_linear", *args, torch.randn(n))
+        check("int8_linear_add", *args, None, torch.randn(m, n))
+        check("int8_linear_quantize", *args, None, scales(n) * k)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_products_of_the_largest_integers_do_not_overflow() -> None:
+    for m in (1, 40):
+        x, w = torch.full((m, 4000), -127, dtype=torch.int8), torch.full((50, 4000), 127).char()
+        check("int8_linear", x, torch.tensor(0.5), w, torch.tensor(0.25))
+        check("int8_linear", -x, torch.tensor(0.5), w, torch.tensor(0.25))
+
+
+def test_products_without_the_instruction_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+    import numpy as np
+
+    from ssmc.kernels.cpu import products
+
+    monkeypatch.setattr(products, "has_vnni", lambda: False)
+
+    @numba.njit  # type: ignore[misc]
+    def multiply(out: Any, x: Any, w: Any) -> None:
+        products.rows_product(out.ctypes.data, x.ctypes.data, w.ctypes.data, 128, 16, 2)
+
+    x, w = (
+        torch.randint(-127, 128, shape).numpy().astype(np.int8) for shape in ((128,), (16, 128))
+    )
+    out = np.zeros(16, np.int32)
+    multiply(out, x, w)
+    assert (out == w.astype(np.int32) @ x.astype(np.int32)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 5, 63), (1, 3, 1000)])
+def test_norms_and_rotations_of_views(shape: tuple[int, ...]) -> None:
+    x, residual = torch.randn(2, *shape[:-1], shape[-1] + 9)[..., 4 : 4 + shape[-1]]
+    check("rms_norm_quantize", x, torch.rand(shape[-1]) + 0.5, 1e-3)
+    check("add_rms_norm_quantize", x, residual)
+    check("hadamard_quantize", x, shape[-1] & -shape[-1])
+    check("quantize_dynamic", x)
+
+
+@pytest.mark.parametrize(("n", "group", "block"), [(63, 21, 1), (192, 48, 192), (1000, None, 8)])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_gated_norms(n: int, group: int | None, block: int, norm_before_gate: bool) -> None:
+    gate, weight = integers(1, 3, 2 * n)[..., n:], torch.rand(n) + 0.5
+    args = (torch.randn(1, 3, n), gate, scales(n), weight, 1e-5, group, norm_before_gate, block)
+    check("gated_norm_quantize", *args)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_convolutions_of_many_channels(length: int) -> None:
+    wide = integers(2, length, 900)
+    taps = quantize_weight(torch.randn(600, 4))
+    args = (wide[..., 150:750], scales(600), *taps, torch.randn(600), integers(2, 3, 600), "silu")
+    check("int8_causal_conv1d", *args)
+    check("int8_causal_conv1d_quantize", *args, scales(600))
+    check("int8_causal_conv1d_split", *args, scales(3, 100), 2)
+    with pytest.raises(UsageError, match="relu"):
+        kernel("int8_causal_conv1d")(*args[:-1], "relu")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 16), (2, 11, 45, 16), (1, 5, 7, 5)])
+def test_selective_scans(shape: tuple[int, int, int, int], reverse: bool) -> None:
+    batch, length, width, rank = shape
+    wide, token = integers(batch, length, 2 * width), (batch, length, 1)
+    B, C = integers(2, batch, length, rank)
+    args = (wide[..., :width], scales(width), integers(batch, length, width), scales(width))
+    A, D, bias = -0.1 - 8 * torch.rand(width, rank), *torch.randn(2, width)
+    rest = (A, B, scales(*token), C, scales(*token), D, wide[..., width:], scales(width), bias)
+    state = torch.randn(batch, width, rank)
+    check("int8_selective_scan", *args, *rest, state, True, reverse)
+    by_state = (A, B, scales(rank), C, scales(rank))  # scales that no kernel takes
+    check("int8_selective_scan", *args, *by_state)
+
+
+def test_a_step_writes_over_its_state() -> None:
+    (args,) = [a for name, a in samples() if name == "selective_scan_step"][:1]
+    state = next(a for a in args if isinstance(a, Tensor) and a.dim() == 3 and a.shape[-1] == 3)
+    before = state.clone()
+    _, new = kernel("selective_scan_step")(*args)
+    assert new.data_ptr() == state.data_ptr()
+    assert not torch.equal(state, before)
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    x = torch.randn(4, 64)
+    expected = kernel("quantize_dynamic")(x)[0]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(kernel("quantize_dynamic")(x)[0], expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
