@@ -52,7 +52,7 @@ def test_json_is_one_object(call: Call, tiny_folder: Path, tmp_path: Path) -> No
     assert data["out"] == str(out)
     assert data["size"]["model.safetensors"] == (out / "model.safetensors").stat().st_size
     assert data["lowered"]["kept"] == []
-    assert data["lowered"]["fused"] == 1 + 3 * 6 + 1
+    assert data["lowered"]["fused"] == 1 + 3 * 8 + 2
     assert data["passes"][-1]["name"] == "quantise"
     assert {"probe_signal_to_noise_db", "probe_top1_agreement"} == data["metrics"].keys()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ssmc
+from ssmc import ops
 from ssmc.lowering.backends import cpu
 
 from .conftest import Call, legible
@@ -32,14 +33,15 @@ def test_verify_names_a_broken_kernel(
     call: Call, tiny_folder: Path, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        y, state = cpu.int8_causal_conv1d(*args)
-        return y, state.roll(1, -1)
+        u_q, state = ops.int8_causal_conv1d_quantize(*args)
+        return u_q, state.roll(1, -1)
 
-    monkeypatch.setitem(cpu.CPU.kernels, "ssmc::int8_causal_conv1d", wrong)  # type: ignore[arg-type]
+    operator = "ssmc::int8_causal_conv1d_quantize"
+    monkeypatch.setitem(cpu.CPU.load(), operator, wrong)  # type: ignore[arg-type]
     arguments = ("verify", tiny_artefact, "--text", tiny_folder / "text.txt", "--length", 24)
     ended = call(*arguments)
     assert ended.code == 1
-    assert "backbone_layers_0_mixer_conv1d (ssmc::int8_causal_conv1d) differs" in ended.error
+    assert f"({operator}) differs" in ended.error
     assert "9 of" in ended.error
     assert call(*arguments, "--backend", "reference").code == 0
     ended = call(*arguments, "--json")
