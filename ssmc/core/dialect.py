@@ -72,6 +72,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "unflatten": torch.unflatten,
     "unsqueeze": torch.unsqueeze,
 }
+ELEMENTWISE = {
+    "abs", "add", "clamp", "cos", "exp", "gelu", "log", "mul", "neg", "pow", "relu", "rsqrt",
+    "sigmoid", "silu", "sin", "softplus", "sqrt", "sub", "tanh", "to_dtype", "truediv",
+}  # fmt: skip
+"""Functions of single elements, of operands that broadcast."""
+
 _NAMES = {function: name for name, function in FUNCTIONS.items()}
 _namespaces = {"ssmc"}
 

@@ -283,8 +283,35 @@ def is_call(value: Any, *names: str) -> bool:
 def infer(node: fx.Node) -> Any:
     """The meta value of a call, from the meta values of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if is_call(node, *dialect.ELEMENTWISE) and not kwargs:
+        value = _broadcast(args)
+        if value is not None:
+            return value
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _broadcast(args: Sequence[Any]) -> torch.Tensor | None:
+    """The meta value of an elementwise function of tensors of one type of floats, and of numbers.
+
+    torch's own of these are written in Python, and its compiler is imported for them (2 s).
+    """
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) != 1 or not tensors[0].is_floating_point() or not _are_numbers(args):
+        return None
+    rank = max(x.dim() for x in tensors)
+    extents = zip(*((1,) * (rank - x.dim()) + tuple(x.shape) for x in tensors), strict=True)
+    shape = []
+    for found in map(set, extents):
+        if len(found - {1}) > 1:
+            return None  # torch says what is wrong
+        shape.append(max(found, key=lambda extent: extent != 1))
+    return tensors[0].new_empty(shape)
+
+
+def _are_numbers(args: Sequence[Any]) -> bool:
+    return all(isinstance(x, torch.Tensor | int | float) for x in args)
 
 
 def length_of(inputs: Sequence[Any], marked: Iterable[torch.Tensor]) -> Any:

@@ -8,14 +8,8 @@ import torch
 from torch import fx
 
 from ssmc.core import Graph
-from ssmc.core.dialect import target_name
+from ssmc.core.dialect import ELEMENTWISE, target_name
 from ssmc.core.graph import LENGTH
-
-ELEMENTWISE = {
-    "abs", "add", "clamp", "cos", "exp", "gelu", "log", "mul", "neg", "pow", "relu", "rsqrt",
-    "sigmoid", "silu", "sin", "softplus", "sqrt", "sub", "tanh", "to_dtype", "truediv",
-}  # fmt: skip
-"""Functions of single elements, of operands that broadcast."""
 
 ROWWISE = {
     f"ssmc::{name}"

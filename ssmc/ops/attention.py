@@ -24,7 +24,7 @@ def _check_rotary(x: Tensor, frequencies: Tensor, position: Tensor) -> None:
 
 def _rotary_fake(x: Tensor, frequencies: Tensor, position: Tensor, scale: float = 1.0) -> Tensor:
     _check_rotary(x, frequencies, position)
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @operator(_rotary_fake)
@@ -53,7 +53,7 @@ def _positions(position: Tensor, length: int) -> Tensor:
 def _append_fake(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
     expect_shape("cache_append", "x", x, (cache.shape[0], x.shape[1], *cache.shape[2:]))
     expect_shape("cache_append", "position", position, cache.shape[:1])
-    return torch.empty_like(cache)
+    return cache.new_empty(cache.shape)
 
 
 @operator(_append_fake)

@@ -29,7 +29,7 @@ def conv_fake(
     """Empty (y float32, new_state of x's type) of a convolution's shapes; checks the operands."""
     check_conv(op, x, weight, bias, state)
     new_state = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]))
-    return torch.empty_like(x, dtype=torch.float32), new_state
+    return x.new_empty(x.shape, dtype=torch.float32), new_state
 
 
 def with_history(x: Tensor, taps: int, state: Tensor | None) -> Tensor:

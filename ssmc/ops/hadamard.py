@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ssmc.ops.registry import operator
@@ -11,7 +10,7 @@ from ssmc.quant.rotation import check_block, rotate
 
 def _fake(x: Tensor, block: int) -> Tensor:
     check_block(x.shape[-1], block)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape)
 
 
 @operator(_fake)

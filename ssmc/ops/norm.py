@@ -16,7 +16,7 @@ def _normalise(x: Tensor, eps: float) -> Tensor:
 
 def _norm_fake(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     expect_shape("rms_norm", "weight", weight, x.shape[-1:])
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @operator(_norm_fake)
@@ -35,7 +35,7 @@ def _layer_norm_fake(
 ) -> Tensor:
     expect_shape("layer_norm", "weight", weight, x.shape[-1:])
     expect_shape("layer_norm", "bias", bias, x.shape[-1:])
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @operator(_layer_norm_fake)
@@ -69,7 +69,7 @@ def _gated_fake(
     norm_before_gate: bool = False,
 ) -> Tensor:
     _check_gated(x, gate, weight, group_size)
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @operator(_gated_fake)

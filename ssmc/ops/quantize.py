@@ -10,14 +10,14 @@ from ssmc.quant.formats import dequantize_tensor, quantize_tensor, scale_for
 from ssmc.quant.weights import dequantize_packed
 
 
-@operator(lambda x, scale, bits=8: torch.empty_like(x, dtype=torch.int8))
+@operator(lambda x, scale, bits=8: x.new_empty(x.shape, dtype=torch.int8))
 def quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     """Round x to int8 with a static scale, [] or broadcast on the last dimensions ([C])."""
     return quantize_tensor(x, scale, bits)
 
 
 def _dynamic_fake(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1))
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1))
 
 
 @operator(_dynamic_fake)
@@ -27,7 +27,7 @@ def quantize_dynamic(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return quantize_tensor(x, scale, bits), scale
 
 
-@operator(lambda q, scale: torch.empty_like(q, dtype=torch.float32))
+@operator(lambda q, scale: q.new_empty(q.shape, dtype=torch.float32))
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """Return q * scale in float32; exact, because a scale has 8 significant bits."""
     return dequantize_tensor(q, scale)

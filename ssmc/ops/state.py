@@ -43,7 +43,7 @@ def _fake(
     scale = h.new_empty(_scale_shape(h, scales, group), dtype=torch.bfloat16)
     if is_packed(bits, h.shape[-1]):
         return h.new_empty((*h.shape[:-1], h.shape[-1] // 2), dtype=torch.uint8), scale
-    return torch.empty_like(h, dtype=torch.int8), scale
+    return h.new_empty(h.shape, dtype=torch.int8), scale
 
 
 @operator(_fake)

