@@ -42,7 +42,7 @@ def test_verify_names_a_broken_kernel(
     ended = call(*arguments)
     assert ended.code == 1
     assert f"({operator}) differs" in ended.error
-    assert "9 of" in ended.error
+    assert "6 of" in ended.error
     assert call(*arguments, "--backend", "reference").code == 0
     ended = call(*arguments, "--json")
     assert ended.code == 1
