@@ -92,6 +92,7 @@ def _attentions() -> list[tuple[str, Sample]]:
         ("rotary_embedding", (q, torch.rand(3), position, 0.7)),
         ("cache_append", (k, torch.randn(2, 5, 3, 8), position)),
         ("cache_append", (k[:, :, 0, 0], torch.randn(2, 1), position)),
+        ("cache_append_step", (k, torch.randn(2, 1, 3, 8), position)),
         ("attention", (q, k, v, position)),
         ("attention", (q[:, :1], k, v, position, 0.3)),
         ("int8_attention", (q, *quantize_dynamic(k), *quantize_dynamic(v), position)),
