@@ -30,6 +30,9 @@ MIXERS = (
     Adapter(mixers.is_mamba1, mixers.mamba1, mixers.mamba1_states),
     Adapter(mixers.is_mamba2, mixers.mamba2, mixers.mamba2_states),
     Adapter(attention.is_attention, attention.attention, attention.attention_states),
+    Adapter(
+        attention.is_unturned_attention, attention.unturned_attention, attention.attention_states
+    ),
 )
 LAYERS = (
     Adapter(layers.is_linear, layers.linear),

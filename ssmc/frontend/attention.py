@@ -21,6 +21,9 @@ from ssmc.frontend.probes import agree, draws, probe, probe_as
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ATTENTION_NORMS = ("q_norm", "k_norm")
+ADDED = {"q_proj": "linear_q_adapter_list", "k_proj": "linear_k_adapter_list",
+         "v_proj": "linear_v_adapter_list"}  # fmt: skip
+"""Lists of low-rank layers beside projections that several layers share, one for each of them."""
 _ROTARY = ("inv_freq", "original_inv_freq")
 _LENGTH, _WIDTH = 5, 6  # of probes
 
@@ -65,17 +68,37 @@ def _scale(module: nn.Module) -> float:
 
 
 def is_attention(module: Any) -> bool:
-    """Whether `module` is causal self-attention over everything before, with grouped heads."""
+    """Whether `module` is causal self-attention over everything before, with grouped heads.
+
+    Rotations that it is handed, it applies.
+    """
+    return _is_attention(module, turned=True)
+
+
+def is_unturned_attention(module: Any) -> bool:
+    """The same, for one that leaves rotations aside."""
+    return _is_attention(module, turned=False)
+
+
+def unturned_attention(
+    module: Any, state: State, hidden_states: Tensor, *_: object, layer_idx: int | None = None,
+    **__: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`attention` without rotations, whatever is handed over."""
+    return attention(module, state, hidden_states, layer_idx=layer_idx)
+
+
+def _is_attention(module: Any, *, turned: bool) -> bool:
     if not all(isinstance(getattr(module, name, None), nn.Linear) for name in ATTENTION):
         return False
     held = {name.partition(".")[0] for name, _ in module.named_parameters()}
     takes = inspect.signature(module.forward).parameters
     return (
-        set(ATTENTION) <= held <= {*ATTENTION, *ATTENTION_NORMS}
+        set(ATTENTION) <= held <= {*ATTENTION, *ATTENTION_NORMS, *_added(module)}
         and not CACHE_ARGUMENTS.isdisjoint(takes)
         and isinstance(getattr(module, "head_dim", None), int)
         and _window(module) is None
-        and _agrees(module)
+        and _agrees(module, turned)
     )
 
 
@@ -91,12 +114,19 @@ def attention(
     hidden_states: Tensor,
     position_embeddings: Rotation | None = None,
     *_: object,
+    layer_idx: int | None = None,
     **__: object,
 ) -> tuple[Tensor, None]:
-    """Attention over [B, L, d]: one graph for any length and any cache."""
+    """Attention over [B, L, d]: one graph for any length and any cache.
+
+    `layer_idx` says which layer calls projections that several share (Glorioso et al., 'The Zamba2
+    suite', arXiv 2411.15242, figure 2).
+    """
     width, position = module.head_dim, state[POSITION]
     q, k, v = (
-        getattr(module, name)(hidden_states).unflatten(-1, (_heads(module, name), width))
+        _projected(module, name, hidden_states, layer_idx).unflatten(
+            -1, (_heads(module, name), width)
+        )
         for name in ATTENTION[:3]
     )
     q, k = (
@@ -113,6 +143,28 @@ def attention(
     return module.o_proj(y.flatten(-2)), None
 
 
+def _projected(module: Any, name: str, x: Tensor, layer_idx: int | None) -> Tensor:
+    """A projection of x, with what the layer that calls adds to it."""
+    result: Tensor = getattr(module, name)(x)
+    if not _added(module):
+        return result
+    return result + getattr(module, ADDED[name])[module.layer_dic[layer_idx]](x)
+
+
+def _added(module: Any) -> set[str]:
+    """The lists of low-rank layers that `module` has: all or none."""
+    whole = all(isinstance(getattr(module, n, None), nn.ModuleList) for n in ADDED.values())
+    return set(ADDED.values()) if whole and isinstance(module.layer_dic, dict) else set()
+
+
+def _callers(module: Any) -> list[int | None]:
+    """A layer that may call `module`, for a probe: one with low-rank layers where there are any."""
+    if not _added(module):
+        return [None]
+    lists = getattr(module, ADDED["q_proj"])
+    return [layer for layer, i in module.layer_dic.items() if not isinstance(lists[i], nn.Identity)]
+
+
 def _window(module: Any) -> int | None:
     """How many tokens a token looks back at, if not at all: it is in the mask, made elsewhere."""
     holder = module if hasattr(module, "sliding_window") else getattr(module, "config", None)
@@ -127,8 +179,8 @@ def _softmax_scale(module: Any) -> float:
     return float(getattr(module, "scaling", 1 / math.sqrt(module.head_dim)))
 
 
-def _agrees(module: Any) -> bool:
-    """Whether `module` computes what the adapter does."""
+def _agrees(module: Any, turned: bool) -> bool:
+    """Whether `module` computes what the adapter does, with rotations or without."""
     draw = draws()
     weights = {name: draw(*_narrow(name, value)) for name, value in module.named_parameters()}
     x, rotation = draw(1, _LENGTH, _WIDTH), None
@@ -137,14 +189,20 @@ def _agrees(module: Any) -> bool:
     if "position_embeddings" in inspect.signature(module.forward).parameters:
         rotation = Rotation(draw(module.head_dim // 2), 1.0)
         given["position_embeddings"] = _turns(rotation, _LENGTH)
-    found = probe(module, weights, x, **given)
-    if not isinstance(found, tuple):
-        return False
-    expected, _ = probe_as(_from_the_start, module, weights, x, rotation)
-    return agree(found[0], expected)
+    for layer in _callers(module)[:1]:
+        if "layer_idx" in inspect.signature(module.forward).parameters:
+            given["layer_idx"] = layer
+        found = probe(module, weights, x, **given)
+        if isinstance(found, tuple):
+            applied = rotation if turned else None
+            expected, _ = probe_as(_from_the_start, module, weights, x, applied, layer)
+            return agree(found[0], expected)
+    return False
 
 
-def _from_the_start(module: Any, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, None]:
+def _from_the_start(
+    module: Any, x: Tensor, rotation: Rotation | None, layer: int | None
+) -> tuple[Tensor, None]:
     """The adapter, from fresh states."""
     shapes = attention_states(module)
     state = {
@@ -152,7 +210,7 @@ def _from_the_start(module: Any, x: Tensor, rotation: Rotation | None) -> tuple[
         for kind, shape in shapes.items()
     }
     state[POSITION] = state[POSITION].long()
-    return attention(module, state, x, rotation)
+    return attention(module, state, x, rotation, layer_idx=layer)
 
 
 def _turns(rotation: Rotation, length: int) -> tuple[Tensor, Tensor]:
@@ -167,6 +225,8 @@ def _narrow(name: str, value: Tensor) -> tuple[int, ...]:
     layer, _, kind = name.partition(".")
     if layer == "o_proj":
         return (_WIDTH, *value.shape[1:])
+    if layer in ADDED.values():  # two layers, of which the first reads the input
+        return (value.shape[0], _WIDTH) if name.endswith(".0.weight") else tuple(value.shape)
     return (
         (value.shape[0], _WIDTH) if layer in ATTENTION and kind == "weight" else tuple(value.shape)
     )

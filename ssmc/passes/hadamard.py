@@ -56,24 +56,33 @@ class Hadamard(Pass):
         for call, projection in ends:
             if projection is None:
                 g.skip(call, "its output reaches no linear layer")
-        # The scans of two directions end in one projection.
+        # The scans of two directions end in one projection, and layers may share a weight.
+        sharing: dict[fx.Node, list[Linear]] = {}
         for projection in dict.fromkeys(projection for _, projection in ends):
             if projection is not None:
-                self._rotate_input(g, describe(projection))
+                linear = describe(projection)
+                sharing.setdefault(linear.weight, []).append(linear)
+        for weight, linears in sharing.items():
+            self._rotate_inputs(g, weight, linears)
         if self.residual:
             self._rotate_residual(g)
 
-    def _rotate_input(self, g: Graph, linear: Linear) -> None:
-        if linear.weight.op != "get_attr" or linear.tied:
-            reason = "tied" if linear.tied else "computed"
-            g.skip(linear.node, f"its weight is {reason}: {linear.weight.target}")
+    def _rotate_inputs(self, g: Graph, weight: fx.Node, linears: list[Linear]) -> None:
+        """Rotate what calls read that share a weight, if all its readers are among them."""
+        agreed = weight.users.keys() <= {linear.node for linear in linears}
+        if weight.op != "get_attr" or not agreed:
+            reason = "computed" if agreed else "tied"
+            for linear in linears:
+                g.skip(linear.node, f"its weight is {reason}: {weight.target}")
             return
-        block = rotation_block(g, linear.input.meta["val"].shape[-1], self.block)
-        with g.before(linear.node):
-            y = g.call("ssmc::hadamard", linear.input, block, like=linear.node, suffix="hadamard")
-        linear.node.replace_input_with(linear.input, y)
-        rotate(g, linear.weight, block)
-        g.match(linear.node)
+        block = rotation_block(g, g.param(weight).shape[-1], self.block)
+        for linear in linears:
+            node = linear.node
+            with g.before(node):
+                y = g.call("ssmc::hadamard", linear.input, block, like=node, suffix="hadamard")
+            node.replace_input_with(linear.input, y)
+            g.match(node)
+        rotate(g, weight, block)
 
     def _rotate_values(self, g: Graph, found: Attention) -> bool:
         """Whether the values of this attention can be rotated, and are."""

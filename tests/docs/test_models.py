@@ -38,6 +38,7 @@ MODELS = {
     "Llama": "llama",
     "Qwen3": "qwen3",
     "Zamba2": "zamba2",
+    "Zamba2 with adapters": "zamba2-adapters",
 }
 HEAD = (
     "| architecture | trace | bf16 | prefill | decode | padding | W8A8 | W4A16 "

@@ -25,6 +25,8 @@ ARCHITECTURES = [
     "nemotron",
     "nemotron-experts",
     "qwen3",
+    "zamba2",
+    "zamba2-adapters",
 ]
 
 
@@ -87,8 +89,9 @@ def build(architecture: str, **changes: Any) -> nn.Module:
         "mamba_ngroups": 1,
         "n_mamba_heads": 6,
         "chunk_size": 8,
-        "layers_block_type": ["mamba", "hybrid", "mamba"],
-        "num_mem_blocks": 1,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_mem_blocks": 1,  # both hybrid layers have one block's weights
         "adapter_rank": 4,
     }
     nemotron = {
@@ -136,6 +139,18 @@ def build(architecture: str, **changes: Any) -> nn.Module:
             {**falcon_h1, "mamba_rms_norm": True, "key_multiplier": 1.0},
         ),
         "zamba2": (hf.Zamba2ForCausalLM, hf.Zamba2Config, zamba2),
+        "zamba2-adapters": (
+            hf.Zamba2ForCausalLM,
+            hf.Zamba2Config,
+            {
+                **zamba2,
+                "use_shared_attention_adapter": True,
+                "use_mem_rope": True,
+                "num_mem_blocks": 2,
+                "num_hidden_layers": 5,
+                "layers_block_type": ["hybrid", "mamba", "hybrid", "mamba", "hybrid"],
+            },
+        ),
         "nemotron": (hf.NemotronHForCausalLM, hf.NemotronHConfig, nemotron),
         "nemotron-experts": (
             hf.NemotronHForCausalLM,

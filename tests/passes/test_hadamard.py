@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from core.tiny import KINDS, WIDTH, apply, context, error, graph, logits, toy_context
+from frontend.models import build
 from torch import Tensor, nn
 
 from ssmc import ops
@@ -222,3 +223,31 @@ def test_rotation_tames_an_outlier_of_the_scan_output(granularity: str) -> None:
         whole[passes] = records["quantise"].error or 0
     assert local["hadamard,"] < local[""] / 3, local
     assert whole["hadamard,"] < whole[""] / 1.2, whole
+
+
+def zamba2() -> Graph:
+    return trace(build("zamba2"))
+
+
+def test_a_weight_that_layers_share_is_rotated_once_for_all_of_them() -> None:
+    g, ids = zamba2(), torch.randint(0, 97, (2, 9))
+    expected, _ = g(ids)
+    record = apply(g, "hadamard", Context([], None))["hadamard"]
+    shared = [n for n in g.params() if n.endswith("o_proj.weight")]
+    assert len(shared) == 1  # both layers have one block's weights
+    assert len(record.matched) == len(g.calls("ssmc::hadamard")) == 4 + 2
+    assert record.skipped == []
+    assert error(g(ids)[0], expected) < 1e-5
+
+
+def test_a_weight_with_another_reader_stays_as_it_is() -> None:
+    g = zamba2()
+    o_proj = next(n for n in g.calls("ssmc::linear") if n.name.endswith("o_proj"))
+    with g.after(o_proj):
+        other = g.call("ssmc::linear", o_proj.args[0], o_proj.args[1], None, like=o_proj)
+    with g.after(other):
+        total = g.call("add", o_proj, other, like=o_proj)
+    o_proj.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    record = apply(g, "hadamard", Context([], None))["hadamard"]
+    assert len(record.skipped) == 2
+    assert all("o_proj.weight" in skip["reason"] for skip in record.skipped)
