@@ -12,7 +12,8 @@ from ssmc.cli import output
 
 if TYPE_CHECKING:
     from ssmc.compiler import Source
-    from ssmc.core import Graph
+    from ssmc.core import Graph, Pass
+    from ssmc.inspection.moments import Moment
     from ssmc.inspection.story import Story
     from ssmc.recipe import Recipe
 
@@ -79,6 +80,8 @@ class _View:
     name: str
     graph: Graph
     report: dict[str, Any]
+    before: Moment | None = None
+    """The graph in front of the pass asked for."""
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -112,6 +115,7 @@ def _of_model(
 ) -> _View:
     from ssmc.compiler import Hooks, compile_source, make_context, read_source
     from ssmc.core import run_passes
+    from ssmc.inspection.moments import Moment
     from ssmc.recipe import make_recipe
 
     recipe = make_recipe(passes=passes, samples=samples)
@@ -122,8 +126,16 @@ def _of_model(
     if complete:
         compiled = compile_source(source, recipe, Hooks())
         return _View(target, compiled.graph, compiled.report)
-    report = run_passes(source.graph, plan[:stop], make_context(source, recipe, Hooks()))
-    return _View(target, source.graph, {"passes": report.to_json()})
+    before = None
+
+    def on_start(p: Pass) -> None:
+        nonlocal before
+        if p is plan[stop - 1]:
+            before = Moment.of(source.graph)
+
+    context = make_context(source, recipe, Hooks())
+    report = run_passes(source.graph, plan[:stop], context, on_start)
+    return _View(target, source.graph, {"passes": report.to_json()}, before)
 
 
 def _stop(names: list[str], after: str | None) -> int:
@@ -153,7 +165,8 @@ def _show_graph(view: _View, layer: int | None, as_json: bool) -> None:
 def _draw_graph(view: _View, layer: int | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from ssmc.inspection.moments import Moment
+    from ssmc.inspection.labels import label
+    from ssmc.inspection.moments import NEW, Moment
     from ssmc.inspection.terminal import draw
 
     moment = Moment.of(view.graph)
@@ -161,11 +174,17 @@ def _draw_graph(view: _View, layer: int | None, as_json: bool) -> None:
     layer = layer if layer is not None else min(layers, default=0)
     calls = moment.layer(layer)
     _check_layer(view, calls, layer)
+    marks = None if view.before is None else moment.marks(view.before, NEW)
     if as_json:
-        output.say_json({"target": view.name, "layer": layer, "calls": [asdict(c) for c in calls]})
-    else:
-        output.say(f"layer {layer} of {len(layers)}\n")
-        output.say("\n".join(draw(moment, layer, output.console().width)))
+        found = [asdict(c) | ({"mark": marks[c.name]} if marks else {}) for c in calls]
+        return output.say_json({"target": view.name, "layer": layer, "calls": found})
+    told = "" if view.before is None else f" after {view.records[-1]['name']}: + new, ~ changed"
+    output.say(f"layer {layer} of {len(layers)}{told}\n")
+    output.say("\n".join(draw(moment, layer, output.console().width, marks)))
+    if view.before is not None:
+        gone = [c for c in view.before.layer(layer) if c.name not in moment.calls]
+        for call in gone:
+            output.say(f"- {label(call, view.before).title}   {call.name}")
 
 
 def _check_places(html: Path | None) -> None:

@@ -40,11 +40,16 @@ class RowView:
 
 
 @dataclass(frozen=True)
-class StepView:
-    """A pass on the page: what its record says, and where it changed the layer, both drawings."""
+class PassView:
+    """A pass on the page: its record, what it matched in the layer, what it skipped by reason.
 
-    step: Step
+    Both drawings where it changed the layer; `told` says whether its graphs are known at all.
+    """
+
+    record: dict[str, Any]
+    matched: list[str]
     skipped: list[tuple[str, list[str]]]
+    told: bool
     before: list[RowView]
     after: list[RowView]
 
@@ -87,8 +92,8 @@ def render(story: Story, layer: int) -> str:
     return environment.get_template("page.html.jinja").render(
         story=story,
         layer=layer,
-        version=ssmc.__version__,
-        steps=[_step(step, layer) for step in story.steps],
+        tools=(story.about.get("tools") or {}).get("ssmc", ssmc.__version__),
+        passes=_passes(story, layer),
         result=_drawing(story.moment, layer),
         plots=[(plot.name, plot.text, _data(svg(plot))) for plot in plots(story, layer)],
         numerics=_numerics(story.report.get("numerics") or []),
@@ -116,19 +121,40 @@ def _decibels(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
-def _step(step: Step, layer: int) -> StepView:
+def _passes(story: Story, layer: int) -> list[PassView]:
+    """With their graphs where a compilation was heard, without them of an artefact alone."""
+    if story.steps:
+        return [
+            _pass(step.record, layer, [step.before, step.after], _changes(step, layer))
+            for step in story.steps
+        ]
+    return [_pass(record, layer, [story.moment], None) for record in story.records]
+
+
+def _pass(
+    record: dict[str, Any],
+    layer: int,
+    moments: Sequence[Moment],
+    changes: tuple[list[RowView], list[RowView]] | None,
+) -> PassView:
+    inside = {name for m in moments for call in m.layer(layer) for name in call.members}
     reasons: dict[str, list[str]] = {}
-    for skip in step.record["skipped"]:
+    for skip in record["skipped"]:
         reasons.setdefault(skip["reason"], []).append(skip["node"])
+    matched = [name for name in record["matched"] if name in inside]
+    before, after = changes or ([], [])
+    return PassView(record, matched, list(reasons.items()), changes is not None, before, after)
+
+
+def _changes(step: Step, layer: int) -> tuple[list[RowView], list[RowView]]:
+    """The layer before and after a pass; nothing of a layer that it left as it was."""
     old, new = step.before.marks(step.after, GONE), step.after.marks(step.before, NEW)
     changed = any(new[call.name] != KEPT for call in step.after.layer(layer)) or any(
         old[call.name] != KEPT for call in step.before.layer(layer)
     )
     if not changed:
-        return StepView(step, list(reasons.items()), [], [])
-    return StepView(
-        step,
-        list(reasons.items()),
+        return [], []
+    return (
         _drawing(step.before, layer, old, step.after),
         _drawing(step.after, layer, new, step.before),
     )
@@ -177,6 +203,8 @@ def _rails(row: Row, width: int) -> str:
         lines += [_line(x, a, x, b) for a, b in _vertical(part)]
         if part in (Part.BEGIN, Part.BRANCH, Part.END):
             lines.append(_line(x, str(TOP), node, str(TOP)))
+        if part is Part.BRANCH:  # told from a line that only crosses
+            lines.append(f'<circle cx="{x}" cy="{TOP}" r="2.5"/>')
     dot = f'<circle cx="{node}" cy="{TOP}" r="4"/>'
     size = STEP * (width + 1)
     drawn = f'<svg width="{size}" aria-hidden="true">{"".join(lines)}{dot}</svg>'

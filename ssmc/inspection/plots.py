@@ -86,6 +86,11 @@ def _figure(pyplot: Any, title: str) -> tuple[Any, Any]:
     return figure, axis
 
 
+def _legend(figure: Any) -> None:
+    """Under the axes, where it hides nothing."""
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+
 def _ranges(pyplot: Any, layer: int, name: str, before: Tensor, after: Tensor) -> Plot:
     """Both ranges of each channel, on the same axes."""
     figure, axis = _figure(pyplot, f"{name}, layer {layer}")
@@ -95,7 +100,7 @@ def _ranges(pyplot: Any, layer: int, name: str, before: Tensor, after: Tensor) -
     axis.set_xlabel("channel")
     axis.set_ylabel("largest |x|")
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
+    _legend(figure)
     text = (
         f"{name} of layer {layer}, {len(before)} channels: largest {before.max():.3g} before "
         f"the rewrites and {after.max():.3g} after, {outlier_ratio(before):.1f} and "
@@ -122,7 +127,7 @@ def _outliers(pyplot: Any, story: Story, name: str) -> Plot:
     axis.set_ylim(bottom=1)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("layer")
-    axis.legend(frameon=False)
+    _legend(figure)
     text = (
         f"the largest channel of {name} by the median one, over {len(layers)} layers: at most "
         f"{max(before):.1f} before and {max(after):.1f} after the rewrites"

@@ -16,13 +16,15 @@ from ssmc.compiler import Hooks, Source, compile_source, make_context
 from ssmc.core import Context, Graph, Pass, Record, find_pass, is_call, make_plan, run_passes
 from ssmc.core.dialect import operands
 from ssmc.inspection.moments import Moment
-from ssmc.passes._calibration import observe
+from ssmc.passes._calibration import channels, observe
 from ssmc.passes.ssm_sites import SCANS
 from ssmc.quant.observers import Absmax
 from ssmc.recipe import Recipe
 from ssmc.runtime import CompiledModel
 
-WATCHED = ("in_proj", "q_proj", "gate_proj", "gate_up_proj", "out_proj", "o_proj", "down_proj")
+WATCHED = (
+    "in_proj", "q_proj", "gate_proj", "up_proj", "gate_up_proj", "out_proj", "o_proj", "down_proj",
+)  # fmt: skip
 """The layers whose inputs are shown; of a scan its operand u and its result y."""
 Ranges = dict[int, dict[str, Tensor]]
 """By layer and name of the value: the largest magnitude of each channel, [C]."""
@@ -128,25 +130,42 @@ class Listener:
 def ranges(g: Graph, context: Context) -> Ranges:
     """The largest magnitude of each channel of the values shown, on the calibration text."""
     run_passes(g, make_plan([find_pass("linears")()]), context)
-    watched = {node: Absmax() for _, node in _watched(g)}
+    shown = _watched(g)
+    watched = {value.node: Absmax() for value in shown}
     observe(g, watched, context)
     found: Ranges = {}
-    for name, node in _watched(g):
-        found.setdefault(int(node.meta.get("layer") or 0), {})[name] = watched[node].channel()
+    for value in shown:
+        largest = watched[value.node].channel().reshape(-1, value.channels).amax(0)
+        found.setdefault(value.layer, {})[value.name] = largest
     return found
 
 
-def _watched(g: Graph) -> list[tuple[str, fx.Node]]:
-    """Values of the layers to be shown, by name."""
-    found: list[tuple[str, fx.Node]] = []
+@dataclass(frozen=True)
+class _Watched:
+    """A value to be shown; of a token's several experts the channels are seen together."""
+
+    layer: int
+    name: str
+    node: fx.Node
+    channels: int
+
+
+def _watched(g: Graph) -> list[_Watched]:
+    """Values of the layers to be shown, what several linear layers read once."""
+    linears = {linear.node: linear for linear in g.facts["linears"]}
+    found: list[_Watched] = []
+    inputs: set[fx.Node] = set()
     for node in g.nodes:
-        role, layer = node.meta.get("role"), node.meta.get("layer")
+        linear, layer = linears.get(node), node.meta.get("layer")
         if layer is None:
             continue
         if is_call(node, *SCANS):
-            found += _of_scan(node)
-        elif role in WATCHED and is_call(node, "ssmc::linear"):
-            found.append((f"{role} input", operands(node)["x"]))
+            found += [_Watched(layer, n, v, channels(v).numel()) for n, v in _of_scan(node)]
+        elif linear is not None and linear.role in WATCHED and linear.input not in inputs:
+            inputs.add(linear.input)
+            of = "expert " if is_call(node, "ssmc::expert_linear") else ""
+            columns = linear.weight.meta["val"].shape[-1]
+            found.append(_Watched(layer, f"{of}{linear.role} input", linear.input, columns))
     return found
 
 

@@ -37,13 +37,23 @@ def _row(row: Row, moment: Moment, rails: int, width: int, mark: str) -> list[st
         text = [f"from %{row.name}"]
     else:
         found = label(row.call, moment)
-        text = textwrap.wrap(
-            "   ".join((found.title, *found.details)), room, subsequent_indent="  "
-        )
+        text = _wrap((found.title, *found.details), room)
     node = "◦" if row.call is None else "●"
     first = f"{mark}{_rails(row.rails, rails)}{node} {text[0]}"
     under = " " * len(mark) + _under(row, rails)
     return [first, *(f"{under} {line}" for line in text[1:])]
+
+
+def _wrap(texts: Sequence[str], room: int) -> list[str]:
+    """Texts beside one another, in lines that break between two of them where they can."""
+    lines = [""]
+    for text in texts:
+        joined = f"{lines[-1]}   {text}" if lines[-1] else text
+        if len(joined) <= room:
+            lines[-1] = joined
+        else:
+            lines += textwrap.wrap(text, room, initial_indent="  ", subsequent_indent="    ")
+    return [line for line in lines if line]
 
 
 def _rails(parts: Sequence[Part], count: int) -> str:

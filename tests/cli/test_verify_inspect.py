@@ -204,6 +204,20 @@ def test_a_layer_as_a_graph(call: Call, tiny_artefact: Path) -> None:
     assert "has no layer 7" in ended.error
 
 
+def test_a_layer_as_a_graph_with_what_a_pass_changed(call: Call, tiny_folder: Path) -> None:
+    asked = ("inspect", tiny_folder, "--graph", "--samples", 1, "--after")
+    lines = legible(call(*asked, "hadamard", "--layer", 1))
+    assert lines[0] == "layer 1 of 3 after hadamard: + new, ~ changed"
+    found = [(line[0], *line.partition("● ")[2].split()[:2]) for line in lines[2:]]
+    marked = {m for m in found if m[0] != " "}
+    assert {m[:2] for m in marked if m[0] == "+"} == {("+", "hadamard")}
+    assert {m for m in marked if m[0] == "~"} == {("~", "linear", "out_proj")}
+    lines = legible(call(*asked, "fold-norm"))
+    assert any(line.startswith("- rms_norm norm ") for line in lines)
+    calls = call(*asked, "fold-norm", "--json").json["calls"]
+    assert {c["mark"] for c in calls if c["role"] == "in_proj"} == {"~"}
+
+
 def test_a_report_of_a_model_and_of_what_was_made_from_it(
     call: Call, tiny_folder: Path, tiny_artefact: Path, tmp_path: Path
 ) -> None:

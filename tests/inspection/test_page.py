@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -96,6 +97,8 @@ def test_the_page_tells_of_every_pass_and_tensor(page: Path, story: Story) -> No
         assert f"<h3>{record['name']}</h3>" in text
     for name in story.moment.tensors:
         assert name in text
+    matched = f"<summary>matched in layer {story.worst_layer()}: 1 of 8</summary>"
+    assert text.count(matched) >= 2  # of hadamard and ssm-sites, one a layer
     reason = next(r for r in story.records if r["skipped"])["skipped"][0]["reason"]
     assert reason in text
     recipe = text.partition("<pre")[2].partition(">")[2].partition("</pre>")[0]
@@ -107,6 +110,10 @@ def test_names_are_no_markup(bare_story: Story) -> None:
     text = render(named, 0)
     assert "<h1>&lt;b&gt;&amp;</h1>" in text
     assert "is not here" in text
+    for record in bare_story.records:
+        assert f"<h3>{record['name']}</h3>" in text
+    assert "matched in layer 0" in text
+    assert "before and after" not in text
 
 
 def test_plots_are_files(story: Story, tmp_path: Path) -> None:
@@ -177,9 +184,12 @@ def _check_rows(graphs: list[list[dict[str, float]]]) -> None:
 
 
 def _take_pictures(tab: Any, size: str) -> None:
+    from PIL import Image
+
     IMAGES.mkdir(exist_ok=True)
     for section in ("passes", "ranges"):
         target = "h3:text-is('hadamard')" if section == "passes" else "#ranges"
         tab.evaluate("window.scrollTo(0, 0)")
         tab.locator(target).evaluate("e => e.scrollIntoView()")
-        tab.screenshot(path=IMAGES / f"report-{section}-{size}.png")
+        shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB").quantize(64)
+        shot.save(IMAGES / f"report-{section}-{size}.png", optimize=True)

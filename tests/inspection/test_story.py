@@ -5,13 +5,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from frontend.models import build, tokens
 
 import ssmc
+from ssmc.core import Context, is_call
+from ssmc.core.dialect import operands
+from ssmc.frontend import trace
 from ssmc.inspection.labels import label, tensor_text
 from ssmc.inspection.moments import CHANGED, GONE, KEPT, NEW, Moment
 from ssmc.inspection.plots import outlier_ratio
 from ssmc.inspection.sizes import by_role, sizes
-from ssmc.inspection.story import Story
+from ssmc.inspection.story import Story, ranges
 from ssmc.inspection.terminal import draw
 
 
@@ -89,6 +93,19 @@ def test_a_rotation_spreads_the_outliers_of_out_proj(story: Story) -> None:
     assert max(ratios[1]) < max(ratios[0]) / 2
 
 
+def test_experts_are_seen_together_and_beside_a_shared_one() -> None:
+    batch = (tokens(2, 17),)
+    g = trace(build("granite"))
+    found = ranges(g.copy(), Context([batch], batch))[1]
+    named = {"expert gate_up_proj input", "expert down_proj input", "down_proj input"}
+    assert named <= found.keys()
+    down = [n for n in g.nodes if is_call(n, "ssmc::expert_linear") and n.meta["layer"] == 1][-1]
+    seen = []
+    g.watch(lambda n, value: seen.append(value) if n is operands(down)["x"] else None, *batch)
+    (value,) = seen  # [B, L, experts of a token, C]
+    assert torch.equal(found["expert down_proj input"], value.abs().flatten(0, 2).amax(0))
+
+
 def test_a_terminal_shows_a_layer_at_any_width(story: Story) -> None:
     for width in (60, 100):
         lines = draw(story.moment, 3, width)
@@ -97,6 +114,7 @@ def test_a_terminal_shows_a_layer_at_any_width(story: Story) -> None:
     for call in story.moment.layer(3):
         assert f"● {call.operator}" in text
     assert lines[-1].strip().startswith("╰─● add")
+    assert sum(line.count("float32 512x16") for line in lines) == 1  # a detail stays whole
 
 
 def test_a_bare_story_has_what_the_artefact_knows(bare_story: Story) -> None:
