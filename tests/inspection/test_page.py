@@ -191,5 +191,6 @@ def _take_pictures(tab: Any, size: str) -> None:
         target = "h3:text-is('hadamard')" if section == "passes" else "#ranges"
         tab.evaluate("window.scrollTo(0, 0)")
         tab.locator(target).evaluate("e => e.scrollIntoView()")
-        shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB").quantize(64)
+        shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+        shot = shot.quantize(256, Image.Quantize.MAXCOVERAGE)  # rare colours are the marks
         shot.save(IMAGES / f"report-{section}-{size}.png", optimize=True)
