@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class Report:
                 for name, w, error in self.result.wrong
             ],
             "tolerance": self.plan.tolerance,
+            "process_peak_bytes": peak_memory(),
             "seed": self.seed,
             "device": device_name(self.device),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -109,6 +111,11 @@ def label(workload: Workload) -> str:
 
 def _workload(workload: Workload) -> dict[str, Any]:
     return {"kind": workload.kind, "batch": workload.batch, "prompt": workload.prompt}
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has held at a time, libraries and all."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
 
 
 def device_name(device: torch.device) -> str:

@@ -55,6 +55,9 @@ def run(
         float, typer.Option(min=0, help="Relative error of logits above which nothing is timed.")
     ] = 0.3,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the tokens (drawn).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads on a CPU (as many as it has cores).")
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies to this file.")] = None,
@@ -73,6 +76,8 @@ def run(
     from ssmc.device import find_device, running_on
 
     place = find_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
     names = targets or []
     published = _size(random_weights, names) if random_weights is not None else None
     dtype = _checked_baseline(baseline, published, names, baseline_dtype, place)
@@ -239,7 +244,7 @@ def _show(report: Report, plot: Path | None, as_json: bool) -> None:
 
 def _say(report: Report) -> None:
     """The measurements, and below them the sizes; of three or more models side by side."""
-    from ssmc.bench.report import COLUMNS
+    from ssmc.bench.report import COLUMNS, peak_memory
 
     if report.rows():
         output.say_table(COLUMNS, report.rows())
@@ -249,3 +254,5 @@ def _say(report: Report) -> None:
         return
     for subject in report.subjects:
         output.say(f"weights of {subject.name}   {output.megabytes(subject.weight_bytes)}")
+    if report.device.type == "cpu":
+        output.say(f"peak memory of this process   {output.megabytes(peak_memory())}")

@@ -188,8 +188,9 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    raw = path.read_bytes()
-    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    with path.open("rb") as file:  # piece by piece: weights are large
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _digest(about: dict[str, Any]) -> str:

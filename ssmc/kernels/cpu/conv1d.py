@@ -134,7 +134,7 @@ def convolve(
     launch(
         _conv, x, apart, batch, length, width, taps, vector(x_scale, width), contiguous(w_q),
         vector(w_scale, width), bias, state, new, int(activation == "silu"), rounded,
-        vector(out_scale, rounded), q, y,
+        vector(out_scale, rounded), q, y, work=x_q.numel(),
     )  # fmt: skip
     return q, y, new
 

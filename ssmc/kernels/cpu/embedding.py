@@ -26,5 +26,15 @@ def int8_embedding(ids: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     out = empty((*ids.shape, w_q.shape[1]))
     by_row = int(w_scale.numel() > 1)
     scale = vector(w_scale, w_scale.numel())
-    launch(_embedding, contiguous(ids), ids.numel(), w_q, w_q.shape[1], scale, by_row, out)
+    launch(
+        _embedding,
+        contiguous(ids),
+        ids.numel(),
+        w_q,
+        w_q.shape[1],
+        scale,
+        by_row,
+        out,
+        work=out.numel(),
+    )
     return out

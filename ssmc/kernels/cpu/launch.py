@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ssmc.kernels.cpu.threads import threads
 
+WORTH_SHARING = 16384  # numbers: a few microseconds
 _SIGNATURE = types.void(*[types.int64] * 3)
 _recording = threading.local()
 
@@ -58,7 +59,6 @@ class Tape:
 
     def __init__(self) -> None:
         self.parts: list[list[Any] | Callable[[], object]] = []
-        self.buffers: list[Tensor] = []
         self.kept: list[Any] = []  # what the addresses on the tape belong to
         self._lists: list[Any] = []
 
@@ -69,20 +69,16 @@ class Tape:
     def __exit__(self, *_: object) -> None:
         _recording.tape = None
 
-    def add(self, address: int, arguments: Any, kept: Sequence[Any]) -> None:
-        """A launch of a kernel."""
+    def add(self, entry: tuple[int, int, int], kept: Sequence[Any]) -> None:
+        """A launch of a kernel, and what its addresses belong to."""
         if not self.parts or not isinstance(self.parts[-1], list):
             self.parts.append([])
-        self.parts[-1].append((address, arguments.ctypes.data))  # type: ignore[union-attr]
-        self.kept.append((arguments, [x for x in kept if isinstance(x, Tensor) and not x.is_meta]))
+        self.parts[-1].append(entry)  # type: ignore[union-attr]
+        self.kept.append(kept)
 
     def call(self, function: Callable[[], object]) -> None:
         """A call of plain torch, which writes where it has written."""
         self.parts.append(function)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory that nothing needs any more, or new."""
-        return torch.empty(tuple(shape), dtype=dtype)
 
     def run(self) -> None:
         """Everything on the tape again."""
@@ -103,13 +99,18 @@ def tape() -> Tape | None:
     return getattr(_recording, "tape", None)
 
 
-def launch(kernel: Kernel, *arguments: Tensor | float | None) -> None:
-    """Run a kernel. Tensors have to be contiguous where it does not take their strides."""
+def launch(kernel: Kernel, *arguments: Tensor | float | None, work: int) -> None:
+    """Run a kernel. Tensors have to be contiguous where it does not take their strides.
+
+    `work` is about how many numbers it handles, 0 where it cannot be shared: what is little one
+    thread does, since the others would have to be waited for.
+    """
     words = np.array([_word(argument) for argument in arguments], np.int64)
-    threads().run(np.array([(kernel.address, words.ctypes.data)], np.int64))
+    entry = (kernel.address, words.ctypes.data, int(work >= WORTH_SHARING))
+    threads().run(np.array([entry], np.int64))
     recording = tape()
     if recording is not None:
-        recording.add(kernel.address, words, arguments)
+        recording.add(entry, (words, *arguments))
 
 
 def _word(argument: Tensor | float | None) -> int:
@@ -122,8 +123,7 @@ def _word(argument: Tensor | float | None) -> int:
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for a result."""
-    recording = tape()
-    return recording.empty(shape, dtype) if recording else torch.empty(tuple(shape), dtype=dtype)
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def run_torch(function: Callable[..., Any], *arguments: Any) -> Any:

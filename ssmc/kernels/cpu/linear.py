@@ -182,7 +182,7 @@ def _multiply(
     added, _, added_apart = (None, 0, 0) if residual is None else rows(residual)
     launch(
         _linear, x, apart, count, vector(x_scale, count), w_q, n, vector(w_scale, n), bias, added,
-        added_apart, out, vector(out_scale, n), k,
+        added_apart, out, vector(out_scale, n), k, work=count * n * k // 8,
     )  # fmt: skip
     return out
 

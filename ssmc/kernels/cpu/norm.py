@@ -149,7 +149,21 @@ def rms_norm_quantize(
     """As ssmc::rms_norm_quantize: x [..., D] to (q int8 [..., D], scale [..., 1])."""
     given, count, apart = rows(x)
     q, scale = _results(x)
-    launch(_norm, given, apart, count, x.shape[-1], weight, float(eps), q, scale, None, 0, None)
+    launch(
+        _norm,
+        given,
+        apart,
+        count,
+        x.shape[-1],
+        weight,
+        float(eps),
+        q,
+        scale,
+        None,
+        0,
+        None,
+        work=x.numel() if count > 1 else 0,
+    )
     return q, scale
 
 
@@ -162,7 +176,7 @@ def add_rms_norm_quantize(
     (q, scale), total = _results(x), empty(x.shape)
     launch(
         _norm, given, apart, count, x.shape[-1], weight, float(eps), q, scale, added, added_apart,
-        total,
+        total, work=x.numel() if count > 1 else 0,
     )  # fmt: skip
     return total, q, scale
 
@@ -187,6 +201,7 @@ def gated_norm_quantize(
     launch(
         _gated, given, apart, count, n, gate, gate_apart, vector(gate_scale, n), weight,
         float(eps), group_size or n, int(norm_before_gate), block, base, signs, q, scale,
+        work=x.numel() if count > 1 else 0,
     )  # fmt: skip
     return q, scale
 
@@ -197,7 +212,20 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     given, count, apart = rows(x)
     base, signs = base_factor(block)
     y = empty(x.shape)
-    launch(_hadamard, given, apart, count, x.shape[-1], block, base, signs, y, None, None)
+    launch(
+        _hadamard,
+        given,
+        apart,
+        count,
+        x.shape[-1],
+        block,
+        base,
+        signs,
+        y,
+        None,
+        None,
+        work=x.numel() if count > 1 else 0,
+    )
     return y
 
 
@@ -207,5 +235,18 @@ def hadamard_quantize(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     given, count, apart = rows(x)
     base, signs = base_factor(block)
     q, scale = _results(x)
-    launch(_hadamard, given, apart, count, x.shape[-1], block, base, signs, None, q, scale)
+    launch(
+        _hadamard,
+        given,
+        apart,
+        count,
+        x.shape[-1],
+        block,
+        base,
+        signs,
+        None,
+        q,
+        scale,
+        work=x.numel() if count > 1 else 0,
+    )
     return q, scale

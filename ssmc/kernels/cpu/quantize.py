@@ -53,7 +53,7 @@ def quantize_dynamic(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         return run_torch(ops.quantize_dynamic, x, bits)
     given, count, apart = rows(x)
     q, scale = empty(x.shape, torch.int8), empty((*x.shape[:-1], 1))
-    launch(_segment, given, apart, count, x.shape[-1], q, scale)
+    launch(_segment, given, apart, count, x.shape[-1], q, scale, work=x.numel() if count > 1 else 0)
     return q, scale
 
 
@@ -68,5 +68,13 @@ def quantize(x: Tensor, scale: Tensor, bits: int = 8) -> Tensor:
     if bits != 8 or (scale.dim() > 1 and scale.shape != x.shape[-scale.dim() :]):
         return run_torch(ops.quantize, x, scale, bits)
     q = empty(x.shape, torch.int8)
-    launch(_static, contiguous(x), x.numel() // max(width, 1), width, vector(scale, width), q)
+    launch(
+        _static,
+        contiguous(x),
+        x.numel() // max(width, 1),
+        width,
+        vector(scale, width),
+        q,
+        work=x.numel(),
+    )
     return q

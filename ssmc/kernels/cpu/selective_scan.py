@@ -183,6 +183,6 @@ def scan(
         contiguous(A), B, B_apart, vector(B_scale, tokens), C, C_apart, vector(C_scale, tokens), D,
         z, z_apart, vector(z_scale, width), dt_bias,
         None if state is None else contiguous(state), new, y, batch, length, width, rank,
-        int(softplus), int(reverse),
+        int(softplus), int(reverse), work=4 * tokens * width * rank,
     )  # fmt: skip
     return y, new

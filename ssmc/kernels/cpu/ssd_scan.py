@@ -139,6 +139,6 @@ def scan(
         _scan, x, x_apart, vector(x_scale, heads * width), dt, dt_apart, vector(dt_scale, heads),
         contiguous(A), B, B_apart, vector(B_scale, count), C, C_apart, vector(C_scale, count), D,
         dt_bias, None if state is None else contiguous(state), new, y, batch, length, heads, width,
-        groups, rank, float(dt_min), float(dt_max), int(reverse),
+        groups, rank, float(dt_min), float(dt_max), int(reverse), work=2 * x_q.numel() * rank,
     )  # fmt: skip
     return y, new

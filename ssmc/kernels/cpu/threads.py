@@ -52,11 +52,23 @@ def _wait_for_all(shared, threads):
 
 @njit
 def _run_share(shared, entries, count, thread, threads):
-    table = int64_at(entries, 2 * count)
+    """Entries that are not shared are the first thread's; a run of them is waited for once."""
+    table, alone = int64_at(entries, 3 * count), False
     for i in range(count):
-        call_at(table[2 * i], table[2 * i + 1], thread, threads)
+        function, arguments, shares = table[3 * i], table[3 * i + 1], table[3 * i + 2]
+        if not shares:
+            alone = True
+            if thread == 0:
+                call_at(function, arguments, 0, 1)
+            continue
+        if alone and threads > 1:
+            _wait_for_all(shared, threads)
+        alone = False
+        call_at(function, arguments, thread, threads)
         if threads > 1:
             _wait_for_all(shared, threads)
+    if alone and threads > 1:
+        _wait_for_all(shared, threads)
 
 
 _RUN = types.void(*[types.int64] * 4)
@@ -117,9 +129,14 @@ class Threads:
             threading.Thread(target=_work, args=(address, thread), daemon=True).start()
 
     def run(self, entries: Any) -> None:
-        """Run kernels in order; entries [n, 2] int64: of each its address and its arguments'."""
+        """Run kernels in order.
+
+        Entries are int64 [n, 3]: a kernel's address, that of its arguments, and whether threads
+        share it. Where they share none, nobody is woken.
+        """
+        count = self.count if entries[:, 2].any() else 1
         with self.lock:
-            _run(self.shared.ctypes.data, entries.ctypes.data, len(entries), self.count)
+            _run(self.shared.ctypes.data, entries.ctypes.data, len(entries), count)
 
 
 _pools: dict[int, Threads] = {}
