@@ -2,12 +2,12 @@
 
     python tools/bench_llama_cpp.py ../models/mamba-5m 130m --threads 2
 
-A model is a Hugging Face folder or a published size, which gets random weights. llama.cpp is that in
-the source distribution of llama-cpp-python on PyPI, built by gcc and a CMake from PyPI in a folder of
-its own (ten minutes the first time); it is given the model converted by its own script to --format,
-without a vocabulary. Each side runs in processes of its own: a prompt of 512 tokens up to its last
-logits, and 128 single steps. The table has the medians over the rounds, and ours over theirs (memory:
-the peak of the process, libraries and all).
+A model is a Hugging Face folder or a published size, which gets random weights. llama.cpp is that
+in the source distribution of llama-cpp-python on PyPI, built by gcc and a CMake from PyPI in a folder
+of its own (ten minutes the first time); it is given the model converted by its own script to
+--format, without a vocabulary. Each side runs in processes of its own: a prompt of 512 tokens up to
+its last logits, and 128 single steps. The table has the medians over the rounds, and ours over
+theirs (memory: the peak of the process, libraries and all).
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ def _measured(*command: Any) -> tuple[str, float]:
 
 def _measure(artefact: str, threads: int) -> dict[str, float]:
     """Tokens a second of an artefact: a prompt, and steps behind it."""
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as `ssmc` has it, before torch loads
     import torch
 
     from ssmc.runtime import load

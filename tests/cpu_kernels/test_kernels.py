@@ -20,7 +20,8 @@ from ssmc.quant.formats import bf16_up, quantize_weight
 pytest.importorskip("numba")
 
 EXACT = {
-    "int8_embedding", "int8_linear", "int8_linear_add", "int8_linear_quantize", "int8_linear_split",
+    "int8_embedding", "int8_expert_linear", "int8_linear", "int8_linear_add",
+    "int8_linear_quantize", "int8_linear_split",
     "quantize", "quantize_dynamic",
 }  # fmt: skip
 NAMES = sorted(name for names in cpu.KERNELS.values() for name in names)

@@ -75,7 +75,7 @@ def _sum_of(values):
 
 
 @njit
-def _copy_rows(source, stride, count, n, out, out_stride):
+def copy_rows(source, stride, count, n, out, out_stride):
     """The first n bytes of rows, to rows that lie `out_stride` apart."""
     for row in range(count):
         values, copied = int8_at(source + row * stride, n), int8_at(out + row * out_stride, n)
@@ -95,7 +95,7 @@ def _pack_panel(packed, w, n, k, panel):
             break
         pack_rows(place, 64 * TILE_W, source, k, count, blocks)
         if rest:
-            _copy_rows(source + 64 * blocks, k, count, rest, tail.ctypes.data, 64)
+            copy_rows(source + 64 * blocks, k, count, rest, tail.ctypes.data, 64)
             place += blocks * ROWS * 64 * TILE_W
             pack_rows(place, 64 * TILE_W, tail.ctypes.data, 64, count, 1)
     keep(tail)
@@ -122,7 +122,7 @@ def _many(a, thread, threads):
         for row in range(first, last, TILE_X):
             count, source, stride = min(TILE_X, last - row), x + row * x_stride, x_stride
             if k % 4:  # a step would read beyond a row
-                _copy_rows(source, stride, count, k, whole.ctypes.data, 4 * steps)
+                copy_rows(source, stride, count, k, whole.ctypes.data, 4 * steps)
                 source, stride = whole.ctypes.data, 4 * steps
             tile_product(tile.ctypes.data, source, stride, count, packed.ctypes.data, steps)
             for r in range(count):
@@ -143,11 +143,11 @@ def _few(a, thread, threads):
     wide = blocks * 64
     padded, whole = np.zeros(m * wide, np.int8), np.zeros(ROWS * wide, np.int8)
     sums = np.empty(ROWS, np.int32)
-    _copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
+    copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
     for begin in range(first, last, ROWS):
         count, source, stride = min(ROWS, n - begin), w + begin * k, k
         if (begin + count - 1) * k + wide > n * k:  # the weight would be read beyond its end
-            _copy_rows(source, stride, count, k, whole.ctypes.data, wide)
+            copy_rows(source, stride, count, k, whole.ctypes.data, wide)
             source, stride = whole.ctypes.data, wide
         for row in range(m):
             values = padded.ctypes.data + row * wide

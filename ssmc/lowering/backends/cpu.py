@@ -25,6 +25,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "int8_causal_conv1d_split",
     ),
     "embedding": ("int8_embedding",),
+    "experts": ("int8_expert_linear",),
     "linear": ("int8_linear", "int8_linear_add", "int8_linear_quantize", "int8_linear_split"),
     "norm": (
         "add_rms_norm_quantize",
