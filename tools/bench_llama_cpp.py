@@ -2,9 +2,9 @@
 
     python tools/bench_llama_cpp.py ../models/mamba-5m 130m --threads 2
 
-A model is a Hugging Face folder or a published size, which gets random weights. llama.cpp is that
-in the source distribution of llama-cpp-python on PyPI, built by gcc and a CMake from PyPI in a folder
-of its own (ten minutes the first time); it is given the model converted by its own script to
+A model is a Hugging Face folder or a published size (random weights). llama.cpp is that
+in the source distribution of llama-cpp-python on PyPI, built by gcc and a CMake from PyPI in a
+folder of its own (ten minutes at first); it is given the model converted by its own script to
 --format, without a vocabulary. Each side runs in processes of its own: a prompt of 512 tokens up to
 its last logits, and 128 single steps. The table has the medians over the rounds, and ours over
 theirs (memory: the peak of the process, libraries and all).
@@ -51,10 +51,18 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(_measure(arguments.measure, arguments.threads)))
         return
+    if arguments.prepare:
+        _prepare(arguments.models[0], arguments.prepare)
+        return
     build = arguments.build.resolve()
     program = build_llama_cpp(build)
     for model in arguments.models:
-        folder, artefact = _prepare(model, build / "models")
+        name = Path(model).name
+        random = not Path(model).is_dir()
+        folder = build / "models" / name if random else Path(model).resolve()
+        artefact = build / "models" / f"{name}-int8"
+        if not artefact.exists():  # in another process: a child's peak begins with its parent's
+            _run(sys.executable, __file__, model, "--prepare", artefact)
         gguf = _convert(folder, build, arguments.format)
         _compare(model, program, gguf, artefact, arguments)
 
@@ -67,6 +75,7 @@ def _arguments() -> Any:
     parser.add_argument("--format", default="q8_0", help="f32, f16 or q8_0")
     parser.add_argument("--build", type=Path, default=Path("build/llama.cpp"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -103,28 +112,21 @@ def _run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
 
 
-def _prepare(model: str, models: Path) -> tuple[Path, Path]:
-    """The model as a Hugging Face folder, and compiled."""
+def _prepare(model: str, artefact: Path) -> None:
+    """Compile a model; one of a published size is written as a Hugging Face folder first."""
     import torch
 
     import ssmc
     from ssmc.bench.random_model import compile_random, random_recipe
-    from ssmc.bench.sizes import SIZES
+    from ssmc.bench.sizes import find_size
 
-    name = Path(model).name
-    folder, artefact = models / name, models / f"{name}-int8"
-    if model not in SIZES:
-        folder = Path(model).resolve()
-    if not artefact.exists():
-        if model in SIZES:
-            torch.manual_seed(0)
-            SIZES[model].module("cpu").save_pretrained(folder)  # type: ignore[operator]
-            recipe = random_recipe("w8a8", None, "cpu", 0)
-            compiled = compile_random(SIZES[model], recipe, torch.device("cpu"))
-        else:
-            compiled = ssmc.compile(model, samples=16, length=256)
-        compiled.save(artefact)
-    return folder, artefact
+    if Path(model).is_dir():
+        ssmc.compile(model, samples=16, length=256).save(artefact)
+        return
+    size, recipe = find_size(model), random_recipe("w8a8", None, "cpu", 0)
+    torch.manual_seed(0)
+    size.module("cpu").save_pretrained(artefact.parent / model)  # type: ignore[operator]
+    compile_random(size, recipe, torch.device("cpu")).save(artefact)
 
 
 def _convert(folder: Path, build: Path, format: str) -> Path:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ssmc.kernels.cpu.threads import threads
 
-WORTH_SHARING = 16384  # numbers: a few microseconds
 _SIGNATURE = types.void(*[types.int64] * 3)
 _recording = threading.local()
 
@@ -106,7 +105,7 @@ def launch(kernel: Kernel, *arguments: Tensor | float | None, work: int) -> None
     thread does, since the others would have to be waited for.
     """
     words = np.array([_word(argument) for argument in arguments], np.int64)
-    entry = (kernel.address, words.ctypes.data, int(work >= WORTH_SHARING))
+    entry = (kernel.address, words.ctypes.data, work)
     threads().run(np.array([entry], np.int64))
     recording = tape()
     if recording is not None:

@@ -23,6 +23,7 @@ from ssmc.kernels.cpu.words import (
 )
 
 SPINS = 4000  # looks for work before a thread sleeps: some 50 us
+WORTH_SHARING, WORTH_WAKING = 2**14, 2**18  # numbers to handle: some 2 and 30 us of one thread
 PATIENCE = 20000  # looks at a barrier before a thread lets others run
 
 _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
@@ -52,11 +53,11 @@ def _wait_for_all(shared, threads):
 
 @njit
 def _run_share(shared, entries, count, thread, threads):
-    """Entries that are not shared are the first thread's; a run of them is waited for once."""
+    """Entries with little work are the first thread's; a run of them is waited for once."""
     table, alone = int64_at(entries, 3 * count), False
     for i in range(count):
-        function, arguments, shares = table[3 * i], table[3 * i + 1], table[3 * i + 2]
-        if not shares:
+        function, arguments, work = table[3 * i], table[3 * i + 1], table[3 * i + 2]
+        if work < WORTH_SHARING:
             alone = True
             if thread == 0:
                 call_at(function, arguments, 0, 1)
@@ -131,10 +132,10 @@ class Threads:
     def run(self, entries: Any) -> None:
         """Run kernels in order.
 
-        Entries are int64 [n, 3]: a kernel's address, that of its arguments, and whether threads
-        share it. Where they share none, nobody is woken.
+        Entries are int64 [n, 3]: a kernel's address, that of its arguments, and its work, in
+        numbers it handles. Where that is little in all, nobody is woken.
         """
-        count = self.count if entries[:, 2].any() else 1
+        count = self.count if entries[:, 2].sum() >= WORTH_WAKING else 1
         with self.lock:
             _run(self.shared.ctypes.data, entries.ctypes.data, len(entries), count)
 

@@ -38,6 +38,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "selective_scan": ("int8_selective_scan",),
     "ssd_scan": ("int8_ssd_scan",),
     "steps": (
+        "cache_append_step",
         "in_proj_conv_step",
         "int8_ssd_scan_state",
         "norm_linear_step",
