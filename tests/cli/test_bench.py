@@ -53,7 +53,8 @@ def test_table_and_plot(call: Call, tiny_artefact: Path, tmp_path: Path) -> None
     lines = legible(call("bench", tiny_artefact, "-n", 2, "--ttft", 4, "--plot", plot))
     assert lines[0].split()[:4] == ["target", "kind", "batch", "prompt"]
     assert any("ttft" in line for line in lines)
-    assert lines[-1].startswith(f"weights of {tiny_artefact}")
+    assert lines[-2].startswith(f"weights of {tiny_artefact}")
+    assert lines[-1].startswith("peak memory of this process")
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
