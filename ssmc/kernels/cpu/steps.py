@@ -18,7 +18,7 @@ from ssmc.kernels.cpu.ssd_scan import scan as ssd_scan
 
 def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
     """As ssmc::cache_append_step, in plain torch; the row is written into `cache` itself."""
-    return run_torch(_append, cache, x, position)  # type: ignore[no-any-return]
+    return run_torch(_append, cache, x, position)
 
 
 def _append(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
