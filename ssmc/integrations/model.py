@@ -152,7 +152,7 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         session = cache.session
         if rows is None:
             if keep == 1:
-                return session.prefill(ids)[:, None]
+                return session.prefill(ids)[:, None].clone()  # its buffer is the next call's
             return session.score(ids)[:, -keep:]
         if cache.tokens:
             raise UsageError("attention_mask has zeros behind tokens that were run already")
