@@ -138,6 +138,9 @@ def attend_kernel(
     start = tl.load(position + b)
     at = ((b * L + token) * (G * SHARED) + head)[:, None]
     queries = tl.load(q + at * P + p[None, :], mask=inside[:, None] & (p < P)[None, :], other=0.0)
+    size = tl.maximum(tl.max(tl.abs(queries), 1), 1e-30)
+    if k_scale is not None:
+        queries /= size[:, None]  # float16 has little range: within it, all its bits
     seen = start + token
     last = start + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARED, L - 1) + 1
     share = tl.cdiv(tl.cdiv(last, BLOCK_T), parts) * BLOCK_T
@@ -153,7 +156,7 @@ def attend_kernel(
             k + row[:, None] * P + p[None, :], mask=there[:, None] & (p < P)[None, :], other=0
         )
         if k_scale is not None:
-            scores = dot_int8(queries, tl.trans(keys))
+            scores = dot_int8(queries, tl.trans(keys)) * size[:, None]
             scores *= tl.load(k_scale + row, mask=there, other=0).to(tl.float32)[None, :]
         else:
             scores = tl.dot(queries, tl.trans(keys.to(tl.float32)), input_precision=PRECISION)
@@ -170,8 +173,9 @@ def attend_kernel(
         )
         result *= before[:, None]
         if v_scale is not None:
-            weights *= tl.load(v_scale + row, mask=there, other=0).to(tl.float32)[None, :]
-            result += dot_int8(weights, values)
+            scales = tl.load(v_scale + row, mask=there, other=0).to(tl.float32)
+            most = tl.maximum(tl.max(scales, 0), 1e-30)
+            result += dot_int8(weights * (scales / most)[None, :], values) * most
         else:
             result += tl.dot(weights, values.to(tl.float32), input_precision=PRECISION)
         largest = larger
@@ -187,7 +191,7 @@ def attend_kernel(
 
 @triton.jit
 def dot_int8(x, q):
-    """Floats up to 65504 times int8: each as two float16, with 22 of its bits; integers exactly."""
+    """Floats within [-1, 1] times int8: each as two float16, to 2^-24; integers exactly."""
     q = q.to(tl.float16)
     high = x.to(tl.float16)
     low = (x - high.to(tl.float32)).to(tl.float16)

@@ -59,6 +59,14 @@ def test_int8_attention(device: torch.device, shape: tuple, scales: torch.dtype)
     agree(int8_attention(*given), ops.int8_attention(*given))
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_int8_attention_of_values_of_any_size(device: torch.device, size: float) -> None:
+    q, k, v, position = operands(device, SHAPES["a prompt"])
+    (k_q, k_scale), (v_q, v_scale) = ops.quantize_dynamic(k / size), ops.quantize_dynamic(v * size)
+    given = (q * size, k_q, k_scale, v_q, v_scale, position)
+    agree(int8_attention(*given), ops.int8_attention(*given))
+
+
 def test_rows_are_shared_where_queries_are_few() -> None:
     assert kernels._parts(1, 64) == 1
     assert kernels._parts(2, 8192) == 64
