@@ -9,14 +9,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from ssmc.catalogue import builtin_recipes
 from ssmc.core.options import parse_passes
 from ssmc.core.passes import Pass
 from ssmc.core.plan import make_plan
 from ssmc.errors import UsageError, choices, did_you_mean
 from ssmc.lowering import BACKENDS
-
-FOLDER = Path(__file__).parent / "recipes"
-"""Where the recipes that come with ssmc lie."""
 
 SCHEMES: dict[str, str | None] = {
     "w8a8": "quantise",
@@ -77,11 +75,6 @@ def find_recipe(name: str | Path, **overrides: Any) -> Recipe:
     if path.is_file() or str(name) not in known:
         return read_recipe(path, **overrides)
     return read_recipe(known[str(name)], **overrides)
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """The files of the recipes that come with ssmc, by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 
 
 def recipe_title(path: Path) -> str:

@@ -5,8 +5,6 @@ MkDocs calls the functions named `on_...`; mkdocs.yml names this file.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -49,11 +47,12 @@ def config_root(config: Any) -> Path:
 
 
 def catalogue() -> str:
-    """Every pass of ssmc by stage: its docstring, options, and what it needs."""
-    from ssmc.core import find_pass, known_passes
-    from ssmc.core.passes import origin
+    """Every pass of ssmc by stage, as `ssmc passes` has it."""
+    from ssmc.catalogue import builtin_passes
+    from ssmc.cli.passes import describe
+    from ssmc.core import find_pass
 
-    passes = [find_pass(name) for name in known_passes() if origin(name) == "ssmc"]
+    rows = [describe(find_pass(name)) for name in sorted(builtin_passes())]
     lines = [
         "# Passes\n",
         "`ssmc passes` lists them, with those of installed packages, and `ssmc passes NAME` prints "
@@ -61,26 +60,26 @@ def catalogue() -> str:
         "[Write your own](write-your-own-pass.md).\n",
     ]
     for stage, purpose in STAGES.items():
-        found = [cls for cls in passes if cls.stage == stage]
         lines += [f"## {stage.capitalize()}\n", f"These passes {purpose}.\n"]
-        lines += [line for cls in found for line in described(cls)]
+        lines += [line for row in rows if row["stage"] == stage for line in described(row)]
     return "\n".join(lines)
 
 
-def described(cls: Any) -> list[str]:
+def described(row: dict[str, Any]) -> list[str]:
     """The section of a pass."""
-    doc = inspect.getdoc(cls) or ""
+    from ssmc.cli.passes import text
+
     options = [
-        f"| `{f.name}` | `{getattr(f.type, '__name__', f.type)}` | `{_text(f.default)}` |".replace(
+        f"| `{name}` | `{option['type']}` | `{text(option['default'])}` |".replace(
             " | None", " or none"
         )
-        for f in dataclasses.fields(cls)
+        for name, option in row["options"].items()
     ]
-    exact = "not limited" if cls.exact_to is None else f"{cls.exact_to:.0e}"
-    needs = ", ".join(f"`{name}`" for name in cls.needs) or "nothing"
+    exact = "not limited" if row["exact_to"] is None else f"{row['exact_to']:.0e}"
+    needs = ", ".join(f"`{name}`" for name in row["needs"]) or "nothing"
     return [
-        f"### {cls.name}\n",
-        _marked(doc),
+        f"### {row['name']}\n",
+        _marked(row["doc"]),
         f"\nNeeds {needs}; relative error it may add on the probe: {exact}.\n",
         *(["| option | type | default |", "| --- | --- | --- |", *options, ""] if options else []),
     ]
@@ -93,7 +92,3 @@ def _marked(doc: str) -> str:
         is_block = paragraph.startswith(("Replaces:", "With:"))
         parts.append(f"```text\n{paragraph}\n```" if is_block else paragraph)
     return "\n\n".join(parts)
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if value in (True, False, None) else str(value)

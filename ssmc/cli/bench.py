@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,17 @@ def run(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TARGET...", help="Models or artefacts; none with --random-weights."
+            metavar="TARGET...",
+            help="Models or artefacts; none with --random-weights.",
+            autocompletion=completion.target,
         ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="mamba-ssm, hf, or another model or artefact.")
+        str | None,
+        typer.Option(
+            help="mamba-ssm, hf, or another model or artefact.",
+            autocompletion=completion.target_or("mamba-ssm", "hf"),
+        ),
     ] = None,
     ttft: Annotated[str | None, typer.Option(help="Prompts to time the first token of.")] = None,
     tpot: Annotated[bool, typer.Option("--tpot", help="Time a token of decoding.")] = False,
@@ -37,16 +43,31 @@ def run(
     size: Annotated[bool, typer.Option("--size", help="Bytes of the weights only.")] = False,
     batch: Annotated[str, typer.Option(help="Sequences at a time, one or several.")] = "1",
     random_weights: Annotated[
-        str | None, typer.Option(help="A published size instead of TARGET: 130m, mamba2-2.7b.")
+        str | None,
+        typer.Option(
+            help="A published size instead of TARGET: 130m, mamba2-2.7b.",
+            autocompletion=completion.SIZES,
+        ),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="Of --random-weights (w8a8, as in ssmc compile).")
+        str | None,
+        typer.Option(
+            help="Of --random-weights (w8a8, as in ssmc compile).",
+            autocompletion=completion.SCHEMES,
+        ),
     ] = None,
     passes: Annotated[
-        str | None, typer.Option(help="Of --random-weights (hadamard,percentile).")
+        str | None,
+        typer.Option(
+            help="Of --random-weights (hadamard,percentile).", autocompletion=completion.pass_list
+        ),
     ] = None,
     baseline_dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16 or float32 (as published).")
+        str | None,
+        typer.Option(
+            help="float16, bfloat16 or float32 (as published).",
+            autocompletion=completion.words("float16", "bfloat16", "float32"),
+        ),
     ] = None,
     iterations: Annotated[
         int | None, typer.Option("--iterations", "-n", min=1, help="Runs (50; on a CPU 10).")
@@ -58,8 +79,13 @@ def run(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads on a CPU (as many as it has cores).")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(help="auto, reference, cpu or triton.", autocompletion=completion.BACKENDS),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda.", autocompletion=completion.DEVICES)
+    ] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw the latencies to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

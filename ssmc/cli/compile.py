@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.cli.auto import Auto
@@ -25,22 +25,34 @@ if TYPE_CHECKING:
 def run(
     model: Annotated[
         str,
-        typer.Argument(help="A Hugging Face id, a local folder, a state-spaces folder, or demo."),
+        typer.Argument(
+            help="A Hugging Face id, a local folder, a state-spaces folder, or demo.",
+            autocompletion=completion.target,
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the artefact.")
     ] = None,
     passes: Annotated[
         str | None,
-        typer.Option(help="Passes, in order: hadamard{block=128},percentile{p=0.99999}."),
+        typer.Option(
+            help="Passes, in order: hadamard{block=128},percentile{p=0.99999}.",
+            autocompletion=completion.pass_list,
+        ),
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(help="w8a8 (default), w4a8, w8a16, w4a16, w3a16, w2a16, auto or none."),
+        typer.Option(
+            help="w8a8 (default), w4a8, w8a16, w4a16, w3a16, w2a16, auto or none.",
+            autocompletion=completion.SCHEMES,
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Recipe: a name (`ssmc recipes`) or a file; options here go over it."),
+        typer.Option(
+            help="Recipe: a name (`ssmc recipes`) or a file; options here go over it.",
+            autocompletion=completion.recipe,
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Calibration text, .jsonl or .txt (default: the embedded).")
@@ -48,8 +60,16 @@ def run(
     samples: Annotated[int | None, typer.Option(help="Calibration windows (64).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window (512).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw of windows (0).")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, reference, cpu or triton.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where passes run.")] = "auto",
+    backend: Annotated[
+        str | None,
+        typer.Option(help="auto, reference, cpu or triton.", autocompletion=completion.BACKENDS),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu or cuda: where passes run.", autocompletion=completion.DEVICES
+        ),
+    ] = "auto",
     max_loss: Annotated[
         str | None, typer.Option(help="Of auto: how much perplexity may rise, as in 0.5%.")
     ] = None,

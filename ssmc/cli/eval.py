@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.cli.target import Target
@@ -19,7 +19,9 @@ OVERLAP = 0.01  # from here on a text is no longer one that calibration has not 
 
 
 def run(
-    target: Annotated[str, typer.Argument(help="A model or an artefact.")],
+    target: Annotated[
+        str, typer.Argument(help="A model or an artefact.", autocompletion=completion.target)
+    ],
     text: Annotated[
         Path | None, typer.Option(help="Text to score, .jsonl or .txt (default: the embedded).")
     ] = None,
@@ -27,9 +29,19 @@ def run(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many windows, or documents a task.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="prefill or recurrent: token by token.")] = "prefill",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="prefill or recurrent: token by token.",
+            autocompletion=completion.words("prefill", "recurrent"),
+        ),
+    ] = "prefill",
     execution: Annotated[
-        str, typer.Option(help="Of an artefact: lowered, or simulated in float.")
+        str,
+        typer.Option(
+            help="Of an artefact: lowered, or simulated in float.",
+            autocompletion=completion.words("lowered", "simulated"),
+        ),
     ] = "lowered",
     by_length: Annotated[
         bool, typer.Option("--by-length", help="Also by how many tokens went before.")
@@ -49,12 +61,23 @@ def run(
         list[Path] | None, typer.Option(help="Folder with tasks of your own, in YAML.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="With --tasks: the model to compare with, or none.")
+        str | None,
+        typer.Option(
+            help="With --tasks: the model to compare with, or none.",
+            autocompletion=completion.target_or("none"),
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows or requests at a time.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu or cuda: where it runs.", autocompletion=completion.DEVICES),
+    ] = "auto",
     backend: Annotated[
-        str, typer.Option(help="Of an artefact: auto, reference, cpu or triton.")
+        str,
+        typer.Option(
+            help="Of an artefact: auto, reference, cpu or triton.",
+            autocompletion=completion.BACKENDS,
+        ),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

@@ -8,12 +8,19 @@ from typing import Annotated
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 
 def run(
-    artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.")],
-    form: Annotated[str, typer.Option("--format", help="hf or compressed-tensors.")] = "hf",
+    artefact: Annotated[
+        Path, typer.Argument(help="Folder of an artefact.", autocompletion=completion.artefact)
+    ],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="hf or compressed-tensors.", autocompletion=completion.FORMATS
+        ),
+    ] = "hf",
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write (ARTEFACT-FORMAT).")
     ] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.compiler import Source
@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 
 
 def run(
-    target: Annotated[str, typer.Argument(help="A model or an artefact.")],
+    target: Annotated[
+        str, typer.Argument(help="A model or an artefact.", autocompletion=completion.target)
+    ],
     after: Annotated[
-        str | None, typer.Option(help="After this pass (a model: runs up to it).")
+        str | None,
+        typer.Option(
+            help="After this pass (a model: runs up to it).", autocompletion=completion.one_pass
+        ),
     ] = None,
     passes: Annotated[
-        str, typer.Option(help="Of a model: the passes to run.")
+        str,
+        typer.Option(help="Of a model: the passes to run.", autocompletion=completion.pass_list),
     ] = "hadamard,percentile",
     samples: Annotated[int, typer.Option(min=1, help="Of a model: calibration windows.")] = 8,
     layer: Annotated[int | None, typer.Option(min=0, help="Only this layer.")] = None,
@@ -42,7 +48,11 @@ def run(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write its plots as PNG to a folder.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="For both: what an artefact was made from, if moved.")
+        str | None,
+        typer.Option(
+            help="For both: what an artefact was made from, if moved.",
+            autocompletion=completion.target,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

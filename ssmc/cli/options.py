@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssmc.cli import completion
+
 if TYPE_CHECKING:
     from ssmc.cli.target import Target
     from ssmc.runtime.text import Ending
 
-TargetName = Annotated[str, typer.Argument(metavar="TARGET", help="A model or an artefact.")]
+TargetName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET", help="A model or an artefact.", autocompletion=completion.target
+    ),
+]
 Tokens = Annotated[
     int, typer.Option("--tokens", "--max-new-tokens", "-n", min=1, help="At most this many.")
 ]
@@ -23,8 +30,15 @@ Penalty = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may come repeatedly.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")]
-Backend = Annotated[str, typer.Option(help="Of an artefact: auto, reference, cpu or triton.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu or cuda: where it runs.", autocompletion=completion.DEVICES)
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="Of an artefact: auto, reference, cpu or triton.", autocompletion=completion.BACKENDS
+    ),
+]
 
 
 def make_ending(target: Target, stop: list[str] | None) -> Ending:

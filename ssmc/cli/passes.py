@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.core import Pass
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(help="Show this pass in full.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Only passes of this stage.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show this pass in full.", autocompletion=completion.one_pass),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Only passes of this stage.", autocompletion=completion.STAGES),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List the passes, those of installed packages too, or show one in full."""
@@ -86,7 +92,7 @@ def describe(cls: type[Pass]) -> dict[str, Any]:
 def _say_all(rows: list[dict[str, Any]]) -> None:
     table = [
         (r["stage"], r["name"], ", ".join(r["needs"]) or "-", ", ".join(r["after"]) or "-",
-         ", ".join(f"{k}={_text(v['default'])}" for k, v in r["options"].items()) or "-", r["from"])
+         ", ".join(f"{k}={text(v['default'])}" for k, v in r["options"].items()) or "-", r["from"])
         for r in rows
     ]  # fmt: skip
     output.say_table(["stage", "pass", "needs", "after", "options", "from"], table)
@@ -99,8 +105,9 @@ def _say_one(row: dict[str, Any]) -> None:
     output.say(f"relative error it may add: {exact}")
     output.say(f"needs: {', '.join(row['needs']) or '-'}   after: {', '.join(row['after']) or '-'}")
     for key, option in row["options"].items():
-        output.say(f"option {key}: {option['type']} = {_text(option['default'])}")
+        output.say(f"option {key}: {option['type']} = {text(option['default'])}")
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A default as it is typed."""
     return str(value).lower() if value in (True, False, None) else str(value)

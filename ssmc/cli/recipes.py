@@ -7,16 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(help="Show this recipe's file.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show this recipe's file.", autocompletion=completion.one_recipe),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List the recipes that come with ssmc, or show the file of one, to be copied and changed."""
+    from ssmc.catalogue import builtin_recipes
     from ssmc.errors import UsageError, choices
-    from ssmc.recipe import builtin_recipes
 
     known = builtin_recipes()
     if name is not None and name not in known:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.recipe import Recipe
@@ -17,17 +17,32 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A model, as in ssmc compile.")],
+    model: Annotated[
+        str, typer.Argument(help="A model, as in ssmc compile.", autocompletion=completion.target)
+    ],
     by: Annotated[
-        str, typer.Option(help="What to take one at a time: block, operator or role.")
+        str,
+        typer.Option(
+            help="What to take one at a time: block, operator or role.",
+            autocompletion=completion.words("block", "operator", "role"),
+        ),
     ] = "block",
     leave_out: Annotated[
         bool, typer.Option("--leave-out", help="Quantise everything but one, not only one.")
     ] = False,
-    passes: Annotated[str | None, typer.Option(help="As in ssmc compile.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="As in ssmc compile (w8a8).")] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="As in ssmc compile.", autocompletion=completion.pass_list)
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="As in ssmc compile (w8a8).", autocompletion=completion.SCHEMES),
+    ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe file; options here go over it.")
+        str | None,
+        typer.Option(
+            help="Recipe: a name or a file; options here go over it.",
+            autocompletion=completion.recipe,
+        ),
     ] = None,
     text: Annotated[
         Path | None,
@@ -40,12 +55,15 @@ def run(
     samples: Annotated[int | None, typer.Option(help="Calibration windows (16).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window (512).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw of windows (0).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu or cuda: where it runs.", autocompletion=completion.DEVICES),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Rank the blocks, operators or roles of MODEL by what quantising them costs."""
     from ssmc.cli.target import check_choice
-    from ssmc.recipe import make_recipe, read_recipe
+    from ssmc.recipe import find_recipe, make_recipe
     from ssmc.tuning.sensitivity import measure
     from ssmc.tuning.trials import quantise_of
 
@@ -59,7 +77,7 @@ def run(
         "seed": seed,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    resolved = read_recipe(recipe, **given) if recipe else make_recipe(**given, where="options")
+    resolved = find_recipe(recipe, **given) if recipe else make_recipe(**given, where="options")
     quantise_of(resolved.plan())
     trials = open_trials(model, resolved, device, text, limit)
     with output.progress(f"{by}s") as report:

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssmc.cli import output
+from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.runtime.verify import Comparison
 
 
 def run(
-    artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where it runs.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    artefact: Annotated[
+        Path, typer.Argument(help="Folder of an artefact.", autocompletion=completion.artefact)
+    ],
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu or cuda: where it runs.", autocompletion=completion.DEVICES),
+    ] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(help="auto, reference, cpu or triton.", autocompletion=completion.BACKENDS),
+    ] = "auto",
     length: Annotated[int, typer.Option(min=1, help="Tokens of the text compared on.")] = 128,
     text: Annotated[Path | None, typer.Option(help="Text (default: the embedded).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

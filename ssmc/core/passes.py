@@ -22,22 +22,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 import typing
 from abc import ABC
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from ssmc.catalogue import builtin_passes, plugin_passes
 from ssmc.core.graph import Graph
 from ssmc.core.pattern import Match, Pattern
 from ssmc.errors import SsmcError, UsageError, did_you_mean
 
 Stage = Literal["analyse", "rewrite", "reconstruct", "calibrate", "quantise"]
 STAGES: tuple[str, ...] = typing.get_args(Stage)
-GROUP = "ssmc.passes"
 
 
 class Pass(ABC):
@@ -160,33 +159,22 @@ def register(cls: type[Pass]) -> type[Pass]:
             raise TypeError(f"{cls.__name__}: `{names}` is a tuple of names, as in ('fold-norm',)")
     if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):
         raise TypeError(f"{cls.__name__} needs a docstring: one line, then Replaces and With")
-    if name in _builtin_names() and not cls.__module__.startswith("ssmc.passes."):
+    if name in builtin_passes() and not cls.__module__.startswith("ssmc.passes."):
         raise TypeError(f"{cls.__name__}: the name '{name}' belongs to a pass of ssmc")
     _registered[name] = cls
     return cls
 
 
-def _builtin_names() -> dict[str, str]:
-    import ssmc.passes
-
-    modules = (m.name for m in pkgutil.iter_modules(ssmc.passes.__path__))
-    return {m.replace("_", "-"): f"ssmc.passes.{m}" for m in modules if not m.startswith("_")}
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
 def known_passes() -> list[str]:
     """The names of all passes: those of ssmc, of installed packages, and registered ones."""
-    return sorted({*_builtin_names(), *_plugins(), *_registered})
+    return sorted({*builtin_passes(), *plugin_passes(), *_registered})
 
 
 def origin(name: str) -> str:
     """Where a pass comes from: `ssmc`, or the package and version that brings it."""
-    if name in _builtin_names():
+    if name in builtin_passes():
         return "ssmc"
-    point = _plugins().get(name)
+    point = plugin_passes().get(name)
     if point is None:
         return _registered[name].__module__
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
@@ -200,10 +188,10 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def _import(name: str) -> None:
-    builtin = _builtin_names().get(name)
+    builtin = builtin_passes().get(name)
     if builtin:
         importlib.import_module(builtin)
-    elif point := _plugins().get(name):
+    elif point := plugin_passes().get(name):
         _load_plugin(point)
     if name not in _registered:
         raise UsageError(

@@ -196,21 +196,3 @@ def test_colour_on_a_terminal_only_and_not_with_no_color() -> None:
     plain = on_terminal("-m", "ssmc", "nosuch", NO_COLOR="1")
     assert "No such command" in plain
     assert "\x1b[1;31m" not in plain
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("ssmc e", ["eval", "export"]),
-        ("ssmc eval demo --base", ["--baseline"]),
-        ("ssmc bench --ttf", ["--ttft"]),
-    ],
-)
-def test_completion(words: str, expected: list[str]) -> None:
-    asked = {"_SSMC_COMPLETE": "complete_bash", "COMP_WORDS": words}
-    place = {"COMP_CWORD": str(len(words.split()) - 1)}
-    done = subprocess.run(
-        [sys.executable, "-m", "ssmc"],
-        env=os.environ | asked | place, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == expected

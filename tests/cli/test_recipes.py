@@ -9,8 +9,9 @@ import pytest
 from tiny import write_model
 
 import ssmc
+from ssmc.catalogue import builtin_recipes
 from ssmc.errors import UsageError
-from ssmc.recipe import Recipe, builtin_recipes, find_recipe
+from ssmc.recipe import Recipe, find_recipe
 
 from .conftest import Call, legible
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import ssmc
+from ssmc import catalogue
 from ssmc.core import Context, Graph, Match, Pass, find_pass, known_passes, op, passes, register
 from ssmc.core.passes import origin
 from ssmc.errors import PassError, UsageError
@@ -89,7 +90,7 @@ def _entry(
 ) -> EntryPoint:
     dist = SimpleNamespace(name="their-package", version="2.1")
     point: Any = SimpleNamespace(name=name, value="their.module:Doubled", load=load, dist=dist)
-    monkeypatch.setattr(passes, "entry_points", lambda group: [point])
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [point])
     return point
 
 

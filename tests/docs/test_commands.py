@@ -46,7 +46,7 @@ NEEDS = {
     "--random-weights": "a GPU",
     "--tasks": "lm-eval: tests/cli/test_tasks.py runs such",
     "round-a": "the package of the page installed: tests/examples runs it",
-    "--install-completion": "a shell of one's own: tests/cli/test_commands.py completes",
+    "--install-completion": "a shell of one's own: tests/cli/test_completion.py completes",
 }
 
 

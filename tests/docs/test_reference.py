@@ -74,7 +74,7 @@ def test_recipes_in_the_reference_can_be_planned(tmp_path: Path) -> None:
 
 
 def test_recipes_are_listed() -> None:
-    from ssmc.recipe import builtin_recipes
+    from ssmc.catalogue import builtin_recipes
 
     bullets = re.findall(r"^- (.*?):", section(DOCS / "cli.md", "`ssmc recipes"), re.MULTILINE)
     listed = re.findall(r"`([\w-]+)`", " ".join(bullets))

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from ssmc.catalogue import builtin_passes
 from ssmc.core import passes
 
 from .blocks import ROOT, Block, blocks
@@ -24,7 +25,7 @@ ERROR = re.compile(r"\d\.\de[+-]\d\d")  # a measured error: its last digit is th
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """What the tutorial registers is unknown to the tests after it."""
-    known = {*passes._registered, *passes._builtin_names()}
+    known = {*passes._registered, *builtin_passes()}
     yield
     for name in passes._registered.keys() - known:
         del passes._registered[name]

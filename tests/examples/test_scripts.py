@@ -156,7 +156,7 @@ def test_reproduce_says_what_is_wrong_before_it_runs() -> None:
 
 
 def test_reproduce_has_every_recipe_and_all_rows_can_be_planned(example: Example) -> None:
-    from ssmc.recipe import builtin_recipes
+    from ssmc.catalogue import builtin_recipes
 
     reproduce = example("reproduce")
     assert set(builtin_recipes()) <= set(reproduce.ROWS.values())
