@@ -36,6 +36,12 @@ def test_json(call: Call, tiny_folder: Path, flags: tuple[str, ...]) -> None:
     assert (max if flags else min)(sizes) != data["everything"]["bytes"]
 
 
+def test_a_recipe_goes_by_its_name(call: Call, tiny_folder: Path) -> None:
+    given = ("--calibration", tiny_folder / "text.txt", *SHORT, "--limit", 1, "--by", "role")
+    data = call("sensitivity", tiny_folder, *given, "--recipe", "quamba", "--json").json
+    assert data["quantise"] == "quantise{granularity=tensor,embedding=false,head=false}"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
