@@ -10,6 +10,7 @@ from typing import Any
 from ssmc.bench.measure import Measurement, Workload
 from ssmc.bench.report import Report, device_name
 from ssmc.errors import UsageError
+from ssmc.pyplot import load_pyplot
 
 TITLES = {
     "ttft": "time to the first token",
@@ -21,14 +22,14 @@ LINES = ("-", "--", ":", "-.")
 
 def check_plot(out: Path) -> None:
     """Raise UsageError where no plot can be written to `out`."""
-    _pyplot()
+    load_pyplot()
     if not out.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {out.absolute().parent}", hint="make it first")
 
 
 def plot(report: Report, out: Path) -> None:
     """Write the figure of a report; UsageError where that cannot be."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     made = figure(report)
     try:
         made.savefig(out, dpi=150)
@@ -45,7 +46,7 @@ def figure(report: Report) -> Any:
     has one colour in all panels.
     """
     panels = [panel for kind in TITLES for panel in _panels(report, kind)]
-    made, axes = _pyplot().subplots(
+    made, axes = load_pyplot().subplots(
         1, len(panels), figsize=(5 * len(panels), 5), squeeze=False, layout="constrained"
     )
     for axis, draw in zip(axes[0], panels, strict=True):
@@ -127,16 +128,3 @@ def _bars(axis: Any, report: Report, found: Sequence[Measurement]) -> None:
     axis.set_xticks([])
     axis.set_xlabel(f"{_length(workload)} tokens, batch {workload.batch}")
     axis.set_title(TITLES[workload.kind])
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            "plots need matplotlib, which is not installed", hint="pip install 'ssmc[bench]'"
-        ) from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as pyplot
-
-    return pyplot

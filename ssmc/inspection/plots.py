@@ -13,6 +13,7 @@ from torch import Tensor
 from ssmc.errors import UsageError
 from ssmc.inspection.sizes import by_role
 from ssmc.inspection.story import Story
+from ssmc.pyplot import load_pyplot
 
 SIZE = (3.5, 2.6)
 """Inches: 336 pixels of a page, which a phone shows as they are."""
@@ -34,7 +35,7 @@ class Plot:
 
 def plots(story: Story, layer: int) -> Iterator[Plot]:
     """Every plot of a layer and of the whole model; what was not measured is left out."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     with pyplot.rc_context(_STYLE):
         for name, before in story.before.get(layer, {}).items():
             after = story.after.get(layer, {}).get(name)
@@ -58,7 +59,7 @@ def save(story: Story, layer: int, folder: Path) -> list[Path]:
         for plot in plots(story, layer):
             out = folder / f"{plot.name}.png"
             plot.figure.savefig(out, dpi=200)
-            _pyplot().close(plot.figure)
+            load_pyplot().close(plot.figure)
             made.append(out)
     except OSError as error:
         raise UsageError(
@@ -71,7 +72,7 @@ def svg(plot: Plot) -> str:
     """A plot as SVG, closed afterwards."""
     out = io.StringIO()
     plot.figure.savefig(out, format="svg", metadata={"Date": None})
-    _pyplot().close(plot.figure)
+    load_pyplot().close(plot.figure)
     return out.getvalue()
 
 
@@ -161,17 +162,4 @@ def _sizes(pyplot: Any, story: Story) -> Plot:
 
 def check_plots() -> None:
     """Raise UsageError where matplotlib is missing."""
-    _pyplot()
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            "plots need matplotlib, which is not installed", hint="pip install 'ssmc[bench]'"
-        ) from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as pyplot
-
-    return pyplot
+    load_pyplot()
