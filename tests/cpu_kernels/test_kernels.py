@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ops.samples import samples
+from passes.rotation import rotation
+from quant.orders import rotations
 from torch import Tensor
 
 from ssmc import ops
@@ -137,6 +141,15 @@ def test_norms_and_rotations_of_views(shape: tuple[int, ...]) -> None:
     check("add_rms_norm_quantize", x, residual)
     check("hadamard_quantize", x, shape[-1] & -shape[-1])
     check("quantize_dynamic", x)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rotations(), st.integers(1, 3))
+def test_rotations_are_products_with_the_explicit_matrix(size: tuple[int, int], rows: int) -> None:
+    n, block = size
+    x = torch.randn(1, rows, n)
+    expected = x @ rotation(n, block).T
+    torch.testing.assert_close(kernel("hadamard")(x, block), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "group", "block"), [(63, 21, 1), (192, 48, 192), (1000, None, 8)])

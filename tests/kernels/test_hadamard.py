@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from passes.rotation import rotation
+from quant.orders import rotations
 
 from ssmc import ops
 from ssmc.kernels import hadamard as kernels
 from ssmc.quant.formats import dequantize_tensor
+from ssmc.quant.rotation import base_factor, hadamard_matrix
 
 # Powers of two and Paley orders, whole rows and blocks, in few pieces and in many, in bundles that
 # are full and not, turned once and often.
@@ -44,3 +49,37 @@ def test_an_order_too_large_is_left_to_the_operator(device: torch.device) -> Non
     assert kernels.plan(84, 84, 256) is None
     x = torch.randn(1, 2, 84, device=device)
     assert torch.equal(kernels.hadamard(x, 84), ops.hadamard(x, 84))
+
+
+@settings(deadline=None)
+@given(rotations(2048), st.sampled_from([8, 64, 256]))
+def test_a_plan_is_the_matrix_in_pieces(size: tuple[int, int], width: int) -> None:
+    n, block = size
+    found = kernels.plan(n, block, width)
+    if found is None:
+        order, _ = base_factor(block)
+        assert order > kernels.MAX_ORDER or n > kernels.MAX_PIECES * min(width, block // order)
+        return
+    order, pieces = len(found.signs), -(-n // found.width)
+    bits = torch.tensor([[row >> j & 1 for j in range(order)] for row in found.signs])
+    matrix = torch.kron(1.0 - 2 * bits, hadamard_matrix(2**found.doublings))
+    assert torch.equal(matrix, hadamard_matrix(block))
+    assert found.factor == pytest.approx(block**-0.5)
+    assert found.width <= width
+    assert order == 1 or block % found.width == 0
+    room = sum(1 << log for log in found.bundles)
+    assert pieces <= room
+    assert found.inner == 0 or 4 * (room - pieces) <= room
+    for log in found.bundles:
+        turns = range(kernels.turns_of(log, found.inner))
+        assert sum(kernels.bits_of(turn, log, found.inner) for turn in turns) == found.inner
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's code is compiled for each size")
+@settings(deadline=None, max_examples=12)
+@given(rotations(160))
+def test_a_row_is_multiplied_by_the_explicit_matrix(size: tuple[int, int]) -> None:
+    n, block = size
+    x = torch.randn(1, 2, n)
+    expected = x @ rotation(n, block).T
+    torch.testing.assert_close(kernels.hadamard(x, block, width=32), expected, rtol=1e-5, atol=1e-5)
