@@ -9,8 +9,9 @@ from torch import fx
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.errors import PassError
+from ssmc.passes._shared import part
 from ssmc.passes._transformer import LINEARS, is_scaling, read_by
-from ssmc.passes.fold_norm import fold_norm
+from ssmc.passes.fold_norm import fold_norms
 from ssmc.passes.linears import PLAIN_NORMS
 
 _HINT = "leave residual=true out for this model"
@@ -18,69 +19,88 @@ _HINT = "leave residual=true out for this model"
 
 @dataclass
 class ResidualStream:
-    """The embedding, the weights (get_attr nodes) that read the stream and those that write it."""
+    """The embedding, and the linear layers that read the stream and those that write it.
+
+    The stream has the values of the embedding, their sums with what is written and multiples of
+    these by numbers. Values of it beside one another, as in Zamba2, are read like one of them: what
+    rotates each rotates both.
+    """
 
     embedding: fx.Node
     values: set[fx.Node]
-    readers: list[fx.Node] = field(default_factory=list)
-    writers: list[fx.Node] = field(default_factory=list)
-    biases: list[fx.Node] = field(default_factory=list)
     norms: list[fx.Node] = field(default_factory=list)
+    writing: list[fx.Node] = field(default_factory=list)
 
     @classmethod
     def find(cls, g: Graph) -> ResidualStream:
         """Follow the stream from the embedding; fold the norms that read it.
 
-        Raises PassError naming the call that keeps the stream from being rotated.
+        Layers that share a weight, and of which some read or write the stream otherwise, get their
+        own. Raises PassError naming the call that keeps the stream from being rotated.
         """
         embeddings = g.calls("ssmc::embedding")
         if len(embeddings) != 1:
             raise PassError(f"the graph has {len(embeddings)} embeddings, not one", hint=_HINT)
-        stream = cls(operands(embeddings[0])["weight"], {embeddings[0]})
+        stream = cls(embeddings[0], {embeddings[0]})
         for node in g.nodes:
             if stream._carries(node):
                 stream.values.add(node)
         for value in [n for n in g.nodes if n in stream.values]:
-            for user in list(value.users):
-                stream._meet(g, value, user)
+            for user in value.users:
+                stream._meet(user)
+        stream.norms = fold_norms(g, list(dict.fromkeys(stream.norms)))
+        stream._part(g)
         if any(is_call(norm, "ssmc::layer_norm") for norm in stream.norms):
             stream._centre(g)
         return stream
 
-    def _carries(self, node: fx.Node) -> bool:
-        passes_on = is_call(node, "add", "to_dtype") or is_scaling(node)
-        return passes_on and any(a in self.values for a in node.all_input_nodes)
+    @property
+    def readers(self) -> list[fx.Node]:
+        """The weights whose columns, or those of whose rows that are looked up, are the stream."""
+        return _operands([self.embedding, *self._reading], "weight")
 
-    def _meet(self, g: Graph, value: fx.Node, user: fx.Node) -> None:
+    @property
+    def writers(self) -> list[fx.Node]:
+        """The weights whose rows give the stream."""
+        return _operands(self.writing, "weight")
+
+    @property
+    def biases(self) -> list[fx.Node]:
+        """The biases of what writes the stream."""
+        return _operands(self.writing, "bias")
+
+    @property
+    def _reading(self) -> list[fx.Node]:
+        return [layer for norm in self.norms for layer in read_by(norm)]
+
+    def _carries(self, node: fx.Node) -> bool:
+        found = [operand in self.values for operand in node.all_input_nodes]
+        if is_call(node, "cat"):
+            return all(found) and node.args[1] in (-1, node.meta["val"].dim() - 1)
+        return any(found) and (is_call(node, "add", "to_dtype") or is_scaling(node))
+
+    def _meet(self, user: fx.Node) -> None:
         if user in self.values:
-            self._write(user)
+            for operand in user.all_input_nodes:
+                if operand not in self.values:
+                    self.writing += _layers_behind(operand)
         elif is_call(user, *PLAIN_NORMS):
-            self._read(g, user)
+            for layer in read_by(user):
+                if not is_call(layer, *LINEARS):
+                    raise PassError(f"{layer.name}, no linear layer, reads {user.name}", hint=_HINT)
+            self.norms.append(user)
         else:
             raise PassError(f"{user.name} reads the residual stream without a norm", hint=_HINT)
 
-    def _write(self, node: fx.Node) -> None:
-        for operand in node.all_input_nodes:
-            if operand in self.values:
-                continue
-            for writer in _layers_behind(operand):
-                args = operands(writer)
-                self._note(self.writers, args["weight"])
-                if args.get("bias") is not None:
-                    self._note(self.biases, args["bias"])
-
-    def _read(self, g: Graph, norm: fx.Node) -> None:
-        for user in read_by(norm):
-            if not is_call(user, *LINEARS):
-                raise PassError(f"{user.name}, no linear layer, reads {norm.name}", hint=_HINT)
-            untie(g, user)
-        if any(operands(norm).get(name) is not None for name in ("weight", "bias")):
-            folded = fold_norm(g, norm)
-            g.replace(norm, folded)
-            norm = folded
-        self.norms.append(norm)
-        for user in read_by(norm):
-            self._note(self.readers, operands(user)["weight"])
+    def _part(self, g: Graph) -> None:
+        """Let no layers share a weight of which one reads or writes the stream and one does not."""
+        reading = {self.embedding, *self._reading}
+        kinds = {
+            layer: (layer in reading, layer in self.writing)
+            for layer in (self.embedding, *self._reading, *self.writing)
+        }
+        part(g, kinds)
+        part(g, dict.fromkeys(self.writing, True), "bias")
 
     def _centre(self, g: Graph) -> None:
         """Let the stream have no mean, so that a LayerNorm is an RMSNorm.
@@ -92,21 +112,23 @@ class ResidualStream:
             if not is_call(norm, "ssmc::layer_norm"):
                 raise PassError(f"{norm.name}, an RMSNorm, reads what LayerNorms read", hint=_HINT)
         for value, dim in (
-            (self.embedding, -1),
+            (operands(self.embedding)["weight"], -1),
             *((weight, -2) for weight in self.writers),
             *((bias, -1) for bias in self.biases),
         ):
             tensor = g.param(value)
             g.set_param(value, tensor - tensor.mean(dim, keepdim=True))
-        for norm in self.norms:
+        for i, norm in enumerate(self.norms):
             x, _, _, eps = operands(norm).values()
             with g.before(norm):
-                g.replace(norm, g.call("ssmc::rms_norm", x, None, eps, like=norm))
+                self.norms[i] = g.call("ssmc::rms_norm", x, None, eps, like=norm)
+            g.replace(norm, self.norms[i])
 
-    @staticmethod
-    def _note(weights: list[fx.Node], weight: fx.Node) -> None:
-        if weight not in weights:
-            weights.append(weight)
+
+def _operands(layers: list[fx.Node], name: str) -> list[fx.Node]:
+    """The parameters that are these layers' operand `name`, each once."""
+    found = dict.fromkeys(operands(layer).get(name) for layer in layers)
+    return [param for param in found if param is not None]
 
 
 def _layers_behind(value: fx.Node) -> list[fx.Node]:
@@ -129,12 +151,3 @@ def _experts_behind(value: fx.Node) -> fx.Node | None:
     outputs = [n for n in product.all_input_nodes if is_call(n, "ssmc::expert_linear")]
     weights = [n for n in product.all_input_nodes if n.meta["val"].shape[-1] == 1]
     return outputs[0] if len(outputs) == len(weights) == 1 else None
-
-
-def untie(g: Graph, linear: fx.Node) -> None:
-    """Give a linear layer a weight of its own where it shares one."""
-    weight = operands(linear)["weight"]
-    if len(weight.users) > 1:
-        own = g.new_param(f"{linear.meta['owner']}.weight", g.param(weight).clone())
-        linear.replace_input_with(weight, own)
-        g.note(f"{own.target} is no longer {weight.target}: {g.param(own).numel()} values more")

@@ -103,12 +103,12 @@ class Hadamard(Pass):
 
     def _rotate_residual(self, g: Graph) -> None:
         stream = ResidualStream.find(g)
-        block = rotation_block(g, g.param(stream.embedding).shape[-1], self.block)
-        for reader in (stream.embedding, *stream.readers, *stream.biases):
-            rotate(g, reader, block)
+        block = rotation_block(g, stream.embedding.meta["val"].shape[-1], self.block)
+        for param in (*stream.readers, *stream.biases):
+            rotate(g, param, block)
         for writer in stream.writers:
             rotate_rows(g, writer, block)
-        g.match(next(iter(stream.embedding.users)))
+        g.match(stream.embedding)
 
 
 def rotated(value: torch.Tensor, block: int) -> torch.Tensor:

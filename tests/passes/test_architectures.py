@@ -13,25 +13,11 @@ from tiny import compile_tiny
 from ssmc.core import Context, Graph, make_plan, run_passes
 from ssmc.core.dialect import operands
 from ssmc.core.options import parse_passes
-from ssmc.errors import PassError
 from ssmc.frontend import trace
 from ssmc.runtime import CompiledModel
 from ssmc.runtime.verify import verify
 
-BESIDE = ("zamba2", "zamba2-adapters")
-"""Their shared block reads the residual stream beside the embedding, by norms that are tied."""
 LAST = ("out_proj", "o_proj", "down_proj")
-
-
-def hadamard(architecture: str) -> str:
-    """The rotations that an architecture takes."""
-    return "hadamard" if architecture in BESIDE else "hadamard{residual=true}"
-
-
-@pytest.mark.parametrize("architecture", BESIDE)
-def test_a_stream_read_beside_the_embedding_is_not_rotated(architecture: str) -> None:
-    with pytest.raises(PassError, match="reads the residual stream without a norm"):
-        compile_tiny(architecture, "hadamard{residual=true},percentile")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -39,7 +25,7 @@ def test_rewrites(architecture: str) -> None:
     g = trace(build(architecture))
     batch = (tokens(4, 33),)
     expected, _ = g(*batch)
-    passes = f"fold-norm,{hadamard(architecture)},smooth,fold-a-log"
+    passes = "fold-norm,hadamard{residual=true},smooth,fold-a-log"
     report = run_passes(g, make_plan(parse_passes(passes)), Context([batch], batch))
     assert error(g(*batch)[0], expected) < 1e-5
     records = {record.name: record for record in report.records}
@@ -51,7 +37,7 @@ def test_rewrites(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_everything_in_eight_bits(architecture: str) -> None:
-    compiled = compile_tiny(architecture, f"{hadamard(architecture)},percentile,quantise,kv-cache")
+    compiled = compile_tiny(architecture, "hadamard{residual=true},percentile,quantise,kv-cache")
     assert compiled.lowered.kept == []
     assert [c for c in verify(compiled, tokens(2, 21)) if not c.agrees] == []
     found = verify(CompiledModel(compiled.artefact, "reference"), tokens(2, 21))

@@ -240,6 +240,25 @@ def test_a_weight_that_layers_share_is_rotated_once_for_all_of_them() -> None:
     assert error(g(ids)[0], expected) < 1e-5
 
 
+def test_a_stream_beside_the_embedding_is_rotated_in_both_halves() -> None:
+    g, ids = zamba2(), torch.randint(0, 97, (2, 9))
+    (expected, _), before = g(ids), g.params()
+    record = apply(g, "hadamard{residual=true}", Context([], None))["hadamard"]
+    after, block = g.params(), "model.layers.1.shared_transformer"
+    name = f"{block}.self_attn.q_proj.weight"
+    gamma = before[f"{block}.input_layernorm.weight"]
+    h = rotation(24)
+    assert error(after[name], before[name] * gamma @ torch.block_diag(h, h).T) < 1e-6
+    assert (
+        error(after["model.layers.3.linear.weight"], h @ before["model.layers.3.linear.weight"])
+        < 1e-6
+    )
+    assert len(record.notes) == 1  # the head, and no weight that the two layers share
+    assert record.notes[0].startswith("lm_head.weight is no longer model.embed_tokens.weight")
+    assert after.keys() - before.keys() == {"lm_head.weight"}
+    assert error(g(ids)[0], expected) < 1e-5
+
+
 def test_a_weight_with_another_reader_stays_as_it_is() -> None:
     g = zamba2()
     o_proj = next(n for n in g.calls("ssmc::linear") if n.name.endswith("o_proj"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.tiny import KINDS, Toy, apply, error, graph, logits, toy_context
+from core.tiny import KINDS, apply, error, graph, logits, toy_context
 from torch import Tensor, nn
 
 from ssmc import ops
@@ -99,13 +99,6 @@ def test_fold_norm_moves_the_bias_of_a_layer_norm() -> None:
     assert error(g(x)[0], expected) < 1e-6
     given = module.layers[1].weight @ module.norms[1].bias
     assert torch.equal(g.params()["layers.1.bias"], given)
-
-
-def test_fold_norm_leaves_a_shared_weight() -> None:
-    g = trace(Toy(), torch.zeros(2, 5, 6))
-    record = apply(g, "fold-norm", toy_context())["fold-norm"]
-    assert not record.matched
-    assert "is tied: up.weight" in record.skipped[0]["reason"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
