@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ from torch import fx, nn
 
 import ssmc
 from ssmc.core import Context, Graph, Pass, Record, run_passes
+from ssmc.core.diff import tensor_hash
 from ssmc.core.graph import LENGTH
+from ssmc.core.journal import Journal
 from ssmc.core.numerics import block_numerics, first_result, operator_numerics
 from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
 from ssmc.core.report import Report
+from ssmc.core.store import Store, parse_size
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
 from ssmc.device import device_of, find_device, move
-from ssmc.errors import UsageError
+from ssmc.errors import SsmcError, UsageError
 from ssmc.frontend import Model, huggingface, load_model, trace
 from ssmc.lowering import BACKENDS
 from ssmc.overlap import run_hashes, to_text
@@ -73,6 +78,9 @@ def compile(
     seed: int | None = None,
     backend: str | None = None,
     device: str | None = None,
+    max_memory: int | str | None = None,
+    work: str | Path | None = None,
+    resume: bool = False,
     hooks: Hooks | None = None,
 ) -> CompiledModel:
     """Trace `model`, run the passes of a recipe over it and lower it.
@@ -86,6 +94,10 @@ def compile(
     dimension is the batch and whose second is the length). `calibration` is a text file for a
     model with a tokenizer, else tensors of inputs [n, length, ...], or batches of them. Passes run
     on `device` (`cpu`, `cuda` or `auto`; by default where the model is); the result stays there.
+
+    With `max_memory` ("6GB", or bytes) weights are streamed through files, and the process stays
+    below that. `work` is a folder for these files and for progress that outlives the process: with
+    `resume`, what an earlier call with the same arguments kept there is not done again.
 
     Raises UsageError, UnsupportedError, PassError, NumericsError or DeviceError (see ssmc.errors).
     """
@@ -103,8 +115,11 @@ def compile(
     }
     given = {name: value for name, value in given.items() if value is not None}
     resolved = make_recipe(**given) if recipe is None else find_recipe(recipe, **given)
-    source = read_source(model, resolved, example_inputs, calibration)
-    return compile_source(source.to(found) if found else source, resolved, hooks or Hooks())
+    place = Work(Path(work) if work is not None else None, max_memory, resume)
+    source = read_source(model, resolved, example_inputs, calibration, place.store())
+    source = source.to(found) if found else source
+    with place.journal(source, resolved) as journal:
+        return compile_source(source, resolved, hooks or Hooks(), journal)
 
 
 def read_source(
@@ -112,12 +127,15 @@ def read_source(
     recipe: Recipe,
     example_inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
     calibration: Any = None,
+    store: Store | None = None,
 ) -> Source:
-    """Load and trace a model, and cut its calibration text into batches."""
+    """Load and trace a model, its weights in `store`, and cut its calibration text into batches."""
     if isinstance(model, str):
-        loaded = load_model(model)
-        return _checkpoint_source(loaded, recipe)
+        source = _checkpoint_source(load_model(model, store=store), recipe)
+        source.graph.store = store
+        return source
     graph = trace(model, example_inputs)
+    graph.store = store
     about = {
         "source": {"kind": "module", "name": type(model).__name__},
         "config": huggingface.described(model),
@@ -184,6 +202,66 @@ def _given_batches(calibration: Any, example_inputs: Any) -> list[Inputs]:
     return [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in given]
 
 
+@dataclass(frozen=True)
+class Work:
+    """Where a compilation keeps what does not fit into memory, and how far it came.
+
+    `limit` is of memory, in bytes or as text ("6GB"); without it all stays there. Without a
+    `folder`, the files are among the system's temporary ones, and no progress is kept.
+    """
+
+    folder: Path | None = None
+    limit: int | str | None = None
+    resume: bool = False
+
+    def store(self) -> Store | None:
+        """Where tensors are to be kept; UsageError for a limit that is no size."""
+        if self.limit is None:
+            return None
+        limit = parse_size(self.limit) if isinstance(self.limit, str) else self.limit
+        return Store(self.folder or Path(tempfile.gettempdir()), limit)
+
+    @contextlib.contextmanager
+    def journal(self, source: Source, recipe: Recipe) -> Iterator[Journal | None]:
+        """The journal of compiling `source`.
+
+        It is removed at the end, and where an error says that trying again does not help; what
+        else ends the compilation leaves it, to go on from.
+        """
+        if self.folder is None:
+            if self.resume:
+                raise UsageError("there is nothing to resume from without a folder for it")
+            yield None
+            return
+        journal = Journal(self.folder, _identity(source, recipe), resume=self.resume)
+        keep = False
+        try:
+            yield journal
+        except SsmcError:
+            raise
+        except BaseException:
+            keep = bool(journal.passes)
+            raise
+        finally:
+            if not keep:
+                journal.remove()
+
+
+def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """What the progress of a compilation depends on, by topic."""
+    model = source.about["source"]
+    if "fingerprint" not in model:
+        hashes = {name: tensor_hash(value) for name, value in source.graph.params().items()}
+        model = model | {"tensors": hashes}
+    given = [[tensor_hash(x) for x in batch] for batch in source.calibration]
+    return {
+        "model": model,
+        "recipe": _resolved(recipe, recipe.plan()),
+        "calibration text": source.about.get("calibration", given),
+        "environment": _tools() | {"device": str(device_of(source.graph))},
+    }
+
+
 @dataclass
 class Prepared:
     """A source rewritten and calibrated, in place: what is left is to quantise and to lower it.
@@ -200,12 +278,15 @@ class Prepared:
     reference: Graph
 
 
-def prepare(source: Source, recipe: Recipe, hooks: Hooks) -> Prepared:
-    """Run the recipe's plan over a source up to the quantise stage."""
+def prepare(
+    source: Source, recipe: Recipe, hooks: Hooks, journal: Journal | None = None
+) -> Prepared:
+    """Run the recipe's plan over a source up to the quantise stage, keeping a journal if given."""
     plan = recipe.plan()
     BACKENDS[choose_backend(recipe.backend, device_of(source.graph))].load()  # fails now or never
     check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
+    context.journal = journal
     exact: list[Graph] = []  # the graph before the first pass that may change the result
 
     def on_start(p: Pass) -> None:
@@ -237,9 +318,11 @@ def finish(prepared: Prepared, recipe: Recipe, hooks: Hooks) -> CompiledModel:
     return compiled
 
 
-def compile_source(source: Source, recipe: Recipe, hooks: Hooks) -> CompiledModel:
+def compile_source(
+    source: Source, recipe: Recipe, hooks: Hooks, journal: Journal | None = None
+) -> CompiledModel:
     """Run the recipe's plan over a source and lower the result."""
-    return finish(prepare(source, recipe, hooks), recipe, hooks)
+    return finish(prepare(source, recipe, hooks, journal), recipe, hooks)
 
 
 def make_context(source: Source, recipe: Recipe, hooks: Hooks) -> Context:
@@ -257,9 +340,16 @@ def _cut(x: torch.Tensor, node: fx.Node) -> torch.Tensor:
 
 
 def _about(source: Source, recipe: Recipe, plan: Sequence[Pass]) -> dict[str, Any]:
-    resolved = recipe.model_copy(update={"passes": [{p.name: p.options()} for p in plan]})
-    tools = {"ssmc": ssmc.__version__, "torch": str(torch.__version__)}
-    return {**source.about, "tools": tools, "recipe": resolved.model_dump()}
+    return {**source.about, "tools": _tools(), "recipe": _resolved(recipe, plan)}
+
+
+def _resolved(recipe: Recipe, plan: Sequence[Pass]) -> dict[str, Any]:
+    options = [{p.name: p.options()} for p in plan]
+    return recipe.model_copy(update={"passes": options}).model_dump()
+
+
+def _tools() -> dict[str, str]:
+    return {"ssmc": ssmc.__version__, "torch": str(torch.__version__)}
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,8 +16,9 @@ from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.cli.auto import Auto
-    from ssmc.compiler import Prepared, Source
+    from ssmc.compiler import Prepared, Source, Work
     from ssmc.core import Graph, Pass, Record
+    from ssmc.core.journal import Journal
     from ssmc.inspection.story import Listener, Story
     from ssmc.recipe import Recipe
     from ssmc.runtime import CompiledModel
@@ -70,6 +72,12 @@ def run(
             help="auto, cpu or cuda: where passes run.", autocompletion=completion.DEVICES
         ),
     ] = "auto",
+    max_memory: Annotated[
+        str | None, typer.Option(help="Stream weights through files, to stay below it: 6GB.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run that was killed had come.")
+    ] = False,
     max_loss: Annotated[
         str | None, typer.Option(help="Of auto: how much perplexity may rise, as in 0.5%.")
     ] = None,
@@ -99,6 +107,7 @@ def run(
 ) -> None:
     """Trace MODEL, run passes over it, and write a verified int8 artefact to OUT."""
     from ssmc.cli.auto import AUTO, BASE, read_auto
+    from ssmc.compiler import Work
     from ssmc.recipe import find_recipe, make_recipe
 
     given = {
@@ -126,7 +135,9 @@ def run(
         from ssmc.inspection.page import check_page
 
         check_page(report)
-    job = _Job(model, _checked_output(out, force), resolved, auto, device, force, as_json, report)
+    out = _checked_output(out, force)
+    work = Work(out.with_name(f"{out.name}.progress"), max_memory, resume)
+    job = _Job(model, out, resolved, auto, work, device, force, as_json, report)
     compiled = job.run()
     if write_recipe is not None:
         _write_recipe(write_recipe, compiled.about["recipe"])
@@ -191,6 +202,7 @@ class _Job:
     out: Path
     recipe: Recipe
     auto: Auto | None
+    work: Work
     device: str
     force: bool
     as_json: bool
@@ -203,17 +215,17 @@ class _Job:
 
         found = find_device(self.device)
         output.note(f"loading {self.model}")
-        source = read_source(self.model, self.recipe).to(found)
+        source = read_source(self.model, self.recipe, store=self.work.store()).to(found)
         windows = self._windows(source)
         screen = _Screen(self.recipe, self.out, quiet=self.as_json)
         screen.header(source, self.recipe)
         listener = self._listener(source, screen.hooks())
         hooks = screen.hooks() if listener is None else listener.hooks()
-        with screen.bar:
-            prepared = prepare(source, self.recipe, hooks)
+        with self._journal(source) as journal, screen.bar:
+            prepared = prepare(source, self.recipe, hooks, journal)
             recipe, searched = self._choose(prepared, windows)
             compiled = finish(prepared, recipe, hooks)
-        compiled.save(self.out, force=self.force)
+            compiled.save(self.out, force=self.force)
         if listener is not None:
             self._write_report(listener.story(compiled, self.model))
         if self.as_json:
@@ -223,6 +235,18 @@ class _Job:
             if self.report is not None:
                 output.say(f"report       {self.report}")
         return compiled
+
+    @contextlib.contextmanager
+    def _journal(self, source: Source) -> Iterator[Journal]:
+        """The journal, and on an interruption how to go on."""
+        with self.work.journal(source, self.recipe) as journal:
+            assert journal is not None
+            try:
+                yield journal
+            except KeyboardInterrupt:
+                if journal.passes:
+                    output.note(f"{journal.folder} holds what is done; --resume goes on from there")
+                raise
 
     def _listener(self, source: Source, hooks: Any) -> Listener | None:
         if self.report is None:

@@ -15,6 +15,9 @@ import torch
 from ssmc.core.graph import Graph
 from ssmc.core.text import graph_lines
 
+PIECE = 2**16
+"""How many values of a tensor are looked at at a time: copies in float64 stay in the cache."""
+
 
 @dataclass(frozen=True)
 class ParamStats:
@@ -85,14 +88,20 @@ def param_stats(value: torch.Tensor) -> ParamStats:
     shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
     if value.device.type == "meta":
         return ParamStats(dtype, shape, float("nan"), float("nan"), "")
-    x = value.detach().double().flatten()
-    spread = x - x.mean()
-    variance = spread.square().mean()
-    kurtosis = (spread.pow(4).mean() / variance.square()).item() if variance > 0 else 0.0
-    return ParamStats(dtype, shape, x.abs().max().item(), kurtosis, tensor_hash(value))
+    pieces = value.detach().flatten().split(PIECE)
+    count = max(value.numel(), 1)
+    mean = sum(x.double().sum().item() for x in pieces) / count
+    second = fourth = largest = 0.0
+    for x in pieces:
+        spread = (x.double() - mean).square()
+        second += spread.sum().item() / count
+        fourth += spread.square().sum().item() / count
+        largest = max(largest, x.double().abs().max().item() if x.numel() else 0.0)
+    kurtosis = fourth / second**2 if second > 0 else 0.0
+    return ParamStats(dtype, shape, largest, kurtosis, tensor_hash(value))
 
 
 def tensor_hash(value: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw.tobytes()).hexdigest()
+    return hashlib.sha256(raw.data).hexdigest()

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ssmc.core import dialect
 from ssmc.core.state import OPEN, States, StateSpec, fresh_states, with_room
+from ssmc.core.store import Store
 from ssmc.errors import NumericsError, PassError
 
 BATCH, LENGTH, ROOM = 1009, 1013, 1019
@@ -39,6 +40,7 @@ class Graph:
         self.module = fx.GraphModule(root, graph, class_name="Graph")
         self.inputs = tuple(inputs)
         self.states = tuple(states)
+        self.store: Store | None = None  # where tensors are kept that need not stay in memory
         self.facts: dict[str, Any] = {}  # what passes found of this graph's nodes, by name
         self.ranges: dict[str, Any] = {}  # observers of activations, by node name
         self.matched: list[str] = []
@@ -93,19 +95,23 @@ class Graph:
     def set_param(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
         """Replace the tensor behind a get_attr node, for all its users."""
         self.param(node)  # refuses what is no parameter
-        put_tensor(self.module, str(node.target), value)
+        put_tensor(self.module, str(node.target), self.keep(value))
         node.meta["val"] = value.to("meta")
         return node
 
     def new_param(self, name: str, value: torch.Tensor) -> fx.Node:
         """A get_attr node for a new tensor called `name`, or `name_1`, ... where that is taken."""
         name = self._free_name(name.lstrip("."))  # the owner of a call in the root module is ''
-        put_tensor(self.module, name, value)
+        put_tensor(self.module, name, self.keep(value))
         first = next(n for n in self.nodes if n.op != "placeholder")
         with self.module.graph.inserting_before(first):
             node = self.module.graph.get_attr(name)
         node.meta.update(val=value.to("meta"), owner=name.rpartition(".")[0])
         return node
+
+    def keep(self, value: torch.Tensor) -> torch.Tensor:
+        """`value`, where memory is short in a file that takes none while it is not used."""
+        return value if self.store is None else self.store.keep(value)
 
     def set_state(self, state: fx.Node, value: torch.Tensor) -> None:
         """Let the graph take `state`, one of its placeholders, in the shape and dtype of `value`.
@@ -218,6 +224,7 @@ class Graph:
         for old, new in names.items():
             new.meta = dict(old.meta)
         twin.ranges = dict(self.ranges)
+        twin.store = self.store
         return twin
 
     # -- running ------------------------------------------------------------------------------

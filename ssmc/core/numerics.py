@@ -31,7 +31,7 @@ def compare_values(g: Graph, reference: Graph, names: set[str], inputs: Inputs) 
 
     def keep(node: fx.Node, value: Any) -> None:
         if node.name in names:
-            expected[node.name] = value
+            expected[node.name] = reference.keep(value)
 
     def compare(node: fx.Node, value: Any) -> None:
         if node.name in expected:
@@ -87,7 +87,7 @@ def operator_numerics(
     quantising this operator adds. `output` is that with all errors that came before as well.
     """
     exact: dict[str, Any] = {}
-    reference.watch(lambda node, value: exact.update({node.name: value}), *inputs)
+    reference.watch(lambda node, value: exact.update({node.name: _kept(reference, value)}), *inputs)
     found = compare_values(g, reference, set(operators), inputs)
     given = dict(zip(g.inputs, inputs, strict=True))
     given |= fresh_states(g.states, len(inputs[0]), inputs[0].device)
@@ -98,6 +98,12 @@ def operator_numerics(
         own = ratio if math.isfinite(ratio) else EQUAL
         rows.append({"operator": address, "own": own, "output": found[name]})
     return sorted(rows, key=lambda row: row["own"])
+
+
+def _kept(g: Graph, value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_kept(g, part) for part in value)
+    return g.keep(value) if isinstance(value, torch.Tensor) else value
 
 
 def _alone(g: Graph, node: fx.Node, exact: Mapping[str, Any], given: Mapping[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from torch import fx
 
 from ssmc.catalogue import builtin_passes, plugin_passes
 from ssmc.core.graph import Graph
+from ssmc.core.journal import Journal, Log
 from ssmc.core.pattern import Match, Pattern
 from ssmc.errors import SsmcError, UsageError, did_you_mean
 
@@ -114,13 +115,16 @@ class Context:
     """What passes may use beside the graph.
 
     `calibration` holds batches of inputs (each a tuple of tensors), `probe` one such batch;
-    `progress(done, total)` reports how far a long pass is.
+    `progress(done, total)` reports how far a long pass is. `log` is where the running pass may keep
+    how far it came, which `journal` writes to the disk, if there is one.
     """
 
     calibration: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
     probe: tuple[Any, ...] | None = None
     seed: int = 0
     progress: typing.Callable[[int, int], None] = lambda done, total: None
+    journal: Journal | None = None
+    log: Log = dataclasses.field(default_factory=Log)
 
     def given(self) -> list[tuple[Any, ...]]:
         """The calibration batches; UsageError where there are none."""

@@ -18,6 +18,7 @@ import torch
 
 from ssmc.core.diff import Snapshot, difference
 from ssmc.core.graph import Graph, check_finite
+from ssmc.core.journal import Log
 from ssmc.core.legality import check_graph, check_tensors
 from ssmc.core.passes import Context, Pass, find_pass, known_passes
 from ssmc.core.report import Record, Report
@@ -47,8 +48,9 @@ def run_passes(
     report = Report()
     check_tensors(g)
     check_passes(g, plan)
-    for p in plan:
+    for number, p in enumerate(plan, len(before)):
         text = graph_text(g)
+        context.log = Log(context.journal, f"{number} {p}")
         on_start(p)
         try:
             with _named(p):
@@ -58,6 +60,8 @@ def run_passes(
         except Exception as error:
             bundle = _bundle(crash_folder, text, [*before, *plan], p)
             raise _failure(p, error, bundle) from error
+        finally:
+            context.log = Log()
         report.records.append(record)
         on_pass(record, g)
     return report

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ssmc import demo
+from ssmc.core.store import Store
 from ssmc.errors import UsageError, did_you_mean
 from ssmc.frontend import hub, huggingface, state_spaces, weights
 from ssmc.frontend.support import check_supported
@@ -36,8 +37,10 @@ class Model:
     float_bytes: int
 
 
-def load_model(target: str, revision: str | None = None) -> Model:
+def load_model(target: str, revision: str | None = None, store: Store | None = None) -> Model:
     """The model called `target`: `demo`, a local folder, or a Hugging Face id (with `revision`).
+
+    With a `store` the weights are kept there, and never in memory all at once.
 
     Weights are read from safetensors, in one file or several; of state-spaces checkpoints from
     pytorch_model.bin, tensors only. Raises UsageError for a target, config or weight file that
@@ -52,7 +55,7 @@ def load_model(target: str, revision: str | None = None) -> Model:
     raw = weights.read_json(folder / "config.json")
     tokenizer, generation = _tokenizer(folder), _generation_settings(folder)
     load = _state_spaces if state_spaces.describes(raw) else _huggingface
-    module, files, kind = load(folder, raw)
+    module, files, kind = load(folder, raw, store)
     weights.check_weights_finite(module)
     return Model(
         module=module,
@@ -83,17 +86,25 @@ def _locate(target: str, revision: str | None) -> Path:
     )
 
 
-def _huggingface(folder: Path, raw: dict[str, Any]) -> tuple[nn.Module, list[Path], Kind]:
+Loaded = tuple[nn.Module, list[Path], Kind]
+
+
+def _huggingface(folder: Path, raw: dict[str, Any], store: Store | None) -> Loaded:
     skeleton = _skeleton(folder, raw)
     files = weights.safetensors_files(folder)
-    return huggingface.load(skeleton, folder), files, "huggingface"
+    if store is None:
+        return huggingface.load(skeleton, folder), files, "huggingface"
+    module = huggingface.load(skeleton, folder, dtype=weights.stored_dtype(files))
+    return weights.kept_in(store, module), files, "huggingface"
 
 
-def _state_spaces(folder: Path, raw: dict[str, Any]) -> tuple[nn.Module, list[Path], Kind]:
+def _state_spaces(folder: Path, raw: dict[str, Any], store: Store | None) -> Loaded:
     config = state_spaces.parse(raw, str(folder))
     skeleton = _skeleton(folder, state_spaces.translate(config))
     tensors = state_spaces.read_tensors(folder, config)
     module = huggingface.load(skeleton, folder, tensors)
+    if store is not None:
+        module = weights.kept_in(store, module)
     return module, [folder / state_spaces.WEIGHTS], "state-spaces"
 
 

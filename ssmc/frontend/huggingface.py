@@ -116,11 +116,16 @@ def untrained(config: Any, device: torch.device | str) -> nn.Module:
     return module.eval()
 
 
-def load(skeleton: Any, folder: Path, tensors: dict[str, Tensor] | None = None) -> nn.Module:
-    """A skeleton's model in float32 and evaluation mode, from the folder's safetensors.
+def load(
+    skeleton: Any,
+    folder: Path,
+    tensors: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """A skeleton's model in `dtype` and evaluation mode, from the folder's safetensors.
 
-    `tensors` replaces the folder's files. Raises UsageError naming tensors that are missing,
-    unexpected or of another shape.
+    Weights that have it already are those of the file, mapped. `tensors` replaces the files.
+    Raises UsageError naming tensors that are missing, unexpected or of another shape.
     """
     with _quiet():
         module, report = type(skeleton).from_pretrained(
@@ -128,7 +133,7 @@ def load(skeleton: Any, folder: Path, tensors: dict[str, Tensor] | None = None) 
             state_dict=tensors,
             config=skeleton.config,
             use_safetensors=True,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,

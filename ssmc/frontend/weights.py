@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ssmc.core.store import Store
 from ssmc.errors import NumericsError, UsageError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ZIP, _PICKLE, _LFS = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
@@ -112,6 +114,27 @@ def _whole_size(file: Path, header: int) -> int | None:
         except (ValueError, KeyError, TypeError):
             return None
     return 8 + header + max(ends, default=0)
+
+
+def stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """The one dtype of all floating-point tensors of safetensors files, float32 where they mix."""
+    found = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    floating = {_FLOATS[name] for name in found if name in _FLOATS}
+    return floating.pop() if len(floating) == 1 else torch.float32
+
+
+def kept_in(store: Store, module: nn.Module) -> nn.Module:
+    """The module with its weights in `store`, in float32; tied ones once."""
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    store.lend([t.data for t in tensors.values()])
+    for tensor in tensors.values():
+        value = tensor.data.float() if tensor.is_floating_point() else tensor.data
+        tensor.data = store.keep(value)
+    store.lend(())
+    return module
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -74,7 +74,7 @@ class Stream:
         """The values of some windows, with fresh states."""
         values = {node: value[which] for node, value in self.values.items()}
         size = len(next(iter(values.values())))
-        for name, state in fresh_states(self.g.states, size, self._device(), self.room).items():
+        for name, state in fresh_states(self.g.states, size, self.device, self.room).items():
             values[self.g.node(name)] = state
         return values
 
@@ -94,9 +94,11 @@ class Stream:
         """How many windows there are."""
         return len(next(iter(self.values.values())))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return next(iter(self.values.values())).device
+
     def _batches(self) -> Iterator[slice]:
         for start in range(0, self.windows, self.batch):
             yield slice(start, start + self.batch)
-
-    def _device(self) -> torch.device:
-        return next(iter(self.values.values())).device

@@ -114,7 +114,7 @@ class Quantiser:
         if key not in self.weights:
             value = self.g.param(weight)
             if folded is not None:
-                value = value * self.values[folded].scale  # type: ignore[operator]
+                value = self.g.keep(value * self.values[folded].scale)  # type: ignore[operator]
             twin = self._stored(user, str(weight.target), value, form)
             self.weights[key] = QuantisedWeight(twin, value, form)
         return self.weights[key].twin

@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
+from ssmc.core.journal import Saved
 from ssmc.errors import NumericsError, PassError, UsageError
-from ssmc.passes._calibration import StagedRun
 from ssmc.passes._qdq import QuantisedWeight
+from ssmc.passes._staged import StagedRun
 from ssmc.passes._transformer import LINEARS
 from ssmc.quant.descent import descend
 from ssmc.quant.gptq import Hessian, corrected, gptq
@@ -75,9 +76,11 @@ class Gptq(Pass):
         """Layer by layer in execution order; the calibration batches run through once."""
         chosen = self._chosen(g)
         matrices = [n for n, weight in chosen.items() if self.asymmetric and not _experts(weight)]
-        expected = self._expected(g, matrices, context)
-        left: list[float] = []
-        for linear, batches in StagedRun(g, list(chosen), context).inputs():
+        run = StagedRun(g, list(chosen), context)
+        exact = self._exact(g, matrices, context)
+        left = _restored(g, run, exact, context)
+        expected = _outputs(exact)
+        for linear, batches in run.inputs():
             weight = chosen[linear]
             if linear in matrices:
                 with _named(linear):
@@ -85,19 +88,17 @@ class Gptq(Pass):
             else:
                 parts = _parts(weight.weight, batches)
             left.append(self._round(g, linear, weight, parts))
+            if context.log.due():
+                context.log.save(g, _position(run, exact, left))
         if left:
             share = f"{min(left):.2f} to {max(left):.2f}"
             g.note(f"outputs: {share} of the squared error of nearest integers")
 
-    def _expected(
-        self, g: Graph, linears: list[fx.Node], context: Context
-    ) -> Iterator[Iterator[Tensor]]:
-        """What each layer puts out in float in every batch, without its bias."""
+    def _exact(self, g: Graph, linears: list[fx.Node], context: Context) -> StagedRun:
+        """The calibration batches in the graph as it was in float, stopping at the same layers."""
         exact: Graph = g.facts["float"]
         nodes = [exact.node(linear.name) for linear in linears]
-        for linear, batches in StagedRun(exact, nodes, replace(context, progress=_quiet)).inputs():
-            weight = exact.param(operands(linear)["weight"])
-            yield (F.linear(x, weight) for x in batches)
+        return StagedRun(exact, nodes, replace(context, progress=_quiet))
 
     def _chosen(self, g: Graph) -> dict[fx.Node, QuantisedWeight]:
         """The layers to do, and their weights."""
@@ -161,6 +162,26 @@ class Gptq(Pass):
         q, scale = descend(value, q, scale, hessian, form, self.damping, self.sweeps)
         left = hessian.error(form.values(q, scale) - value)
         return (q, scale, left, error) if left < error else (nearest, s, error, error)
+
+
+def _outputs(exact: StagedRun) -> Iterator[Iterator[Tensor]]:
+    """What each layer puts out in float in every batch, without its bias."""
+    for linear, batches in exact.inputs():
+        weight = exact.g.param(operands(linear)["weight"])
+        yield (F.linear(x, weight) for x in batches)
+
+
+def _position(run: StagedRun, exact: StagedRun, left: list[float]) -> Saved:
+    here, there = run.save(), exact.save("float ")
+    return Saved(here.about | there.about | {"left": left}, here.tensors | there.tensors)
+
+
+def _restored(g: Graph, run: StagedRun, exact: StagedRun, context: Context) -> list[float]:
+    """Where an earlier run of the pass came: what it left of each layer's squared error."""
+    saved = context.log.restore(g)
+    run.restore(saved)
+    exact.restore(saved, "float ")
+    return list(saved.about["left"]) if saved else []
 
 
 def _experts(weight: QuantisedWeight) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
+from ssmc.core.journal import Saved
 from ssmc.errors import UsageError
 from ssmc.passes._blocks import Block, Call, Stream, blocks, plain
 from ssmc.passes._fit import Fit, Schedule
@@ -74,7 +75,8 @@ class Reconstruct(Pass):
         windows = self._windows(context)
         exact, rounded = (Stream(g, windows, self.batch) for _ in range(2))
         order, draw = blocks(g), torch.Generator().manual_seed(context.seed)
-        for number, block in enumerate(order):
+        done = _restore(context.log.restore(g), exact, rounded, draw)
+        for number, block in enumerate(order[done:], done):
             exact.advance(block, g.params())
             masks = self._masks(g, block)
             if masks:
@@ -83,6 +85,8 @@ class Reconstruct(Pass):
             rounded.advance(block, g.params(), self._call(0))
             for stream in (exact, rounded):
                 stream.forget({node for later in order[number + 1 :] for node in later.calls})
+            if context.log.due():
+                context.log.save(g, _saved(number + 1, exact, rounded, draw))
 
     def _windows(self, context: Context) -> list[Tensor]:
         """The model's inputs, [windows, length, ...] each."""
@@ -139,6 +143,30 @@ class Reconstruct(Pass):
             return simulated_scan(node, args, store) if kept else plain(node, args, kwargs)
 
         return call
+
+
+def _saved(done: int, exact: Stream, rounded: Stream, draw: torch.Generator) -> Saved:
+    """How many blocks are done, and what those to come begin with."""
+    tensors = {"draw": draw.get_state()}
+    for name, stream in (("exact", exact), ("rounded", rounded)):
+        tensors |= {f"{name} {node.name}": value for node, value in stream.values.items()}
+    return Saved({"done": done}, tensors)
+
+
+def _restore(saved: Saved | None, exact: Stream, rounded: Stream, draw: torch.Generator) -> int:
+    """Begin with that, and say how many blocks are done."""
+    if saved is None:
+        return 0
+    draw.set_state(saved.tensors["draw"])
+    for name, stream in (("exact", exact), ("rounded", rounded)):
+        found = {
+            key.partition(" ")[2]: t
+            for key, t in saved.tensors.items()
+            if key.startswith(f"{name} ")
+        }
+        device = stream.device
+        stream.values = {stream.g.node(key): value.to(device) for key, value in found.items()}
+    return int(saved.about["done"])
 
 
 def is_kept(scan: fx.Node) -> bool:

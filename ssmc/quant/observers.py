@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,11 @@ class Observer(ABC):
     """The range of |x|, for each channel and for the whole tensor, over all tokens observed.
 
     A subclass keeps what it needs of the magnitudes of some tokens (`_update`), joins what two
-    observers kept (`_join`) and computes the two ranges from it.
+    observers kept (`_join`) and computes the two ranges from it. `kept` are the attributes that
+    hold what it keeps.
     """
+
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -40,6 +44,17 @@ class Observer(ABC):
         """Become what one observer of both observers' tokens would be."""
         self._count(other.tokens)
         self._join(other)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was kept of the tokens so far, by name."""
+        kept = {name: getattr(self, name) for name in self.kept}
+        return {name: value for name, value in kept.items() if value is not None}
+
+    def restore(self, tokens: int, tensors: Mapping[str, Tensor]) -> None:
+        """Become what an observer was when it had seen so many tokens and kept these `tensors`."""
+        self.tokens = tokens
+        for name, value in tensors.items():
+            setattr(self, name, value)
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
@@ -63,6 +78,7 @@ class Observer(ABC):
 class Absmax(Observer):
     """The largest magnitude."""
 
+    kept = ("_largest",)
     _largest: Tensor | None = None
 
     def _update(self, magnitude: Tensor) -> None:
@@ -91,6 +107,8 @@ class Percentile(Observer):
     the memory, since only the largest magnitudes that the quantile of so many can depend on are
     kept. Raises UsageError for p outside [0, 1] and for more tokens than announced.
     """
+
+    kept = ("_channels", "_whole")
 
     def __init__(self, p: float, total: int) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ssmc.core import Graph
+from ssmc.core.disk import sync
 from ssmc.errors import ArtefactError, SsmcError, UsageError
 from ssmc.runtime.graph_json import dtype_from, graph_from_json, graph_to_json
 
@@ -89,7 +90,7 @@ def whole_folder(out: Path, kind: Kind = ARTEFACT, *, force: bool) -> Iterator[P
     with _disk_errors(out), _temporary_folder(target) as folder:
         yield folder
         for path in [*folder.iterdir(), folder]:
-            _sync(path)
+            sync(path)
         _move_into_place(folder, target)
 
 
@@ -198,14 +199,6 @@ def _digest(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _move_into_place(folder: Path, out: Path) -> None:
     old = folder.with_suffix(".old")
     if out.exists():
@@ -217,7 +210,7 @@ def _move_into_place(folder: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync(out.parent)
+    sync(out.parent)
 
 
 # -- reading ----------------------------------------------------------------------------------

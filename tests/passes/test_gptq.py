@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import ssmc
 from ssmc.core import Context, Graph, find_pass, make_plan
 from ssmc.core.dialect import operands
 from ssmc.core.options import parse_passes
-from ssmc.core.state import fresh_states
 from ssmc.corpus import read_texts, token_windows
 from ssmc.demo import calibration_file
 from ssmc.errors import NumericsError, PassError, UsageError
 from ssmc.evaluate import perplexity
-from ssmc.passes._calibration import StagedRun
+from ssmc.passes._staged import StagedRun
 from ssmc.quant.formats import unpack
 from ssmc.recipe import make_recipe
 
@@ -246,12 +244,9 @@ def test_what_no_call_reads_any_more_is_dropped() -> None:
     g = graph("mamba")
     linears = [n for n in g.calls("ssmc::linear") if n.meta["role"] == "in_proj"]
     run = StagedRun(g, linears, context())
-    (ids,) = context().calibration[0]
-    values = run._start((ids,), fresh_states(g.states, len(ids)))
     held = []
-    stops = [0, *(run.order.index(n) for n in linears[:-1]), len(run.order)]
-    for linear, (begin, end) in zip(linears, pairwise(stops), strict=True):
-        run._advance(values, run.order[begin:end], linear)
+    for _, batches in run.stages():
+        *_, values = batches
         held.append({n for n in values if n.op == "call_function"})
     first, last = held  # of the last block the residual stream is read behind the layer only
     assert (len(first), len(last)) == (2, 1), held

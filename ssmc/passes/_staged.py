@@ -1,0 +1,196 @@
+"""Calibration batches on their way through a graph, all of them from one stage to the next."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ssmc.core import Context, Graph
+from ssmc.core.dialect import operands
+from ssmc.core.journal import Saved
+from ssmc.core.state import States, fresh_states
+
+Values = dict[fx.Node, Any]
+Seen = Callable[[fx.Node, Any], None]
+
+
+class StagedRun:
+    """The calibration batches in a graph, stopping in front of each of `stops` in turn.
+
+    Every call before the last of them runs once for each batch, with the parameters as they are
+    when it is its turn, and `seen` is shown its value. Parameters are read once for all batches,
+    and of a batch's values those stay that calls to come read: at the input of a block that is
+    little more than the residual stream.
+    """
+
+    def __init__(
+        self,
+        g: Graph,
+        stops: Sequence[fx.Node],
+        context: Context,
+        seen: Seen = lambda node, value: None,
+    ) -> None:
+        self.g, self.stops, self.context, self.seen = g, stops, context, seen
+        order = [n for n in g.nodes if n.op in ("call_function", "output") and not is_constant(n)]
+        self.order = order[: max((order.index(n) for n in stops), default=0)]
+        self.last_reader = {n: user for user in (*self.order, *stops[-1:]) for n in _read(user)}
+        self.done = 0
+        self.values: list[Values] | None = None
+
+    def stages(self) -> Iterator[tuple[fx.Node, Iterator[Values]]]:
+        """Each stop, with the values in front of it in every batch, to be read to the end."""
+        if self.values is None:
+            self.values = self._fresh()
+        for number in range(self.done, len(self.stops)):
+            self.context.progress(number, len(self.stops))
+            stop = self.stops[number]
+            calls = self.order[self._place(number - 1) : self._place(number)]
+            self.done = number + 1
+            yield stop, (self._advance(values, calls) for values in self.values)
+        self.context.progress(len(self.stops), len(self.stops))
+
+    def inputs(self) -> Iterator[tuple[fx.Node, Iterator[Any]]]:
+        """Each stop, a linear layer, with its input in every batch, to be read to the end.
+
+        Of stacked experts the input comes with the experts chosen, as a pair.
+        """
+        for linear, batches in self.stages():
+            given = operands(linear)
+            names = [given[name] for name in ("x", "index") if name in given]
+            read = ([self._value(values, node) for node in names] for values in batches)
+            yield linear, (one[0] if len(one) == 1 else tuple(one) for one in read)
+
+    # -- where it stands ----------------------------------------------------------------------
+
+    def save(self, prefix: str = "") -> Saved:
+        """How far it is, between two stages, and the values there."""
+        tensors: dict[str, Tensor] = {}
+        batches = [
+            {
+                n.name: _encode(v, f"{prefix}{i}.{n.name}", tensors)
+                for n, v in values.items()
+                if n.op != "placeholder"
+            }
+            for i, values in enumerate(self.values or ())
+        ]
+        return Saved({f"{prefix}done": self.done, f"{prefix}values": batches}, tensors)
+
+    def restore(self, saved: Saved | None, prefix: str = "") -> None:
+        """Go on from there; from the beginning, where it had not begun."""
+        if saved is None or not saved.about[f"{prefix}values"]:
+            return
+        self.done, self.values = saved.about[f"{prefix}done"], self._fresh()
+        for values, found in zip(self.values, saved.about[f"{prefix}values"], strict=True):
+            device = next(iter(values.values())).device
+            there = _decode(found, saved.tensors)
+            values |= {
+                self.g.node(name): fx.node.map_aggregate(value, functools.partial(self._on, device))
+                for name, value in there.items()
+            }
+
+    def _on(self, device: torch.device, value: Any) -> Any:
+        return self._keep(value).to(device) if isinstance(value, Tensor) else value
+
+    # -- running ------------------------------------------------------------------------------
+
+    def _place(self, number: int) -> int:
+        """How many calls come before a stop."""
+        if number < 0:
+            return 0
+        stop = self.stops[number]
+        return self.order.index(stop) if stop in self.order else len(self.order)
+
+    def _fresh(self) -> list[Values]:
+        fresh = functools.cache(functools.partial(fresh_states, self.g.states))
+        return [
+            self._start(batch, fresh(len(batch[0]), batch[0].device, self.g.tokens(batch)))
+            for batch in self.context.given()
+        ]
+
+    def _start(self, batch: tuple[Any, ...], states: States) -> Values:
+        placeholders = [n for n in self.g.nodes if n.op == "placeholder"]
+        values = dict(zip(placeholders, (*batch, *states.values()), strict=True))
+        for node, value in values.items():
+            self.seen(node, value)
+        return {node: value for node, value in values.items() if node in self.last_reader}
+
+    def _advance(self, values: Values, calls: Sequence[fx.Node]) -> Values:
+        before = set(values)
+        for node in calls:
+            values[node] = self._value(values, node)
+            self.seen(node, values[node])
+            for operand in (*_read(node), node):
+                if self.last_reader.get(operand, node) is node:
+                    values.pop(operand, None)
+        for node in values.keys() - before:
+            if isinstance(values[node], Tensor):
+                values[node] = self._keep(values[node])
+        return values
+
+    def _keep(self, value: Tensor) -> Tensor:
+        """`value` until the next stage, lying as it does now."""
+        if self.g.store is None:
+            return value
+        order, plain = dense(value)
+        return undense(order, self.g.keep(plain))
+
+    def _value(self, values: Values, node: fx.Node) -> Any:
+        """A value that is there, a parameter, or the result of a call of such."""
+        if node in values:
+            return values[node]
+        if node.op == "get_attr":
+            return self.g.param(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(values, n))
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a value depends on parameters alone."""
+    calls = node.op == "call_function" and all(map(is_constant, node.all_input_nodes))
+    return node.op == "get_attr" or calls
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The values a call reads that depend on the model's inputs."""
+    return [n for n in node.all_input_nodes if not is_constant(n)]
+
+
+def dense(value: Tensor) -> tuple[list[int], Tensor]:
+    """An order of dimensions, and `value` permuted to it, contiguous.
+
+    With `undense`, nothing is lost of how it lies in memory, on which the last bits of what is
+    computed from it may depend.
+    """
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+    return order, value.permute(order).contiguous()
+
+
+def undense(order: Sequence[int], value: Tensor) -> Tensor:
+    """The inverse of `dense`."""
+    return value.permute([list(order).index(dim) for dim in range(len(order))])
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON data, its tensors by name."""
+    if isinstance(value, Tensor):
+        order, tensors[name] = dense(value)
+        return {"order": order, "tensor": name}
+    if isinstance(value, tuple | list):
+        return [_encode(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
+    return value
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(part, tensors) for part in value)
+    if not isinstance(value, dict):
+        return value
+    if "order" in value:
+        return undense(value["order"], tensors[value["tensor"]])
+    return {name: _decode(part, tensors) for name, part in value.items()}
