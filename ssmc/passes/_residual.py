@@ -9,8 +9,9 @@ from torch import fx
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
 from ssmc.errors import PassError
+from ssmc.passes._follow import is_scaling, read_by
 from ssmc.passes._shared import part
-from ssmc.passes._transformer import LINEARS, is_scaling, read_by
+from ssmc.passes._transformer import LINEARS
 from ssmc.passes.fold_norm import fold_norms
 from ssmc.passes.linears import PLAIN_NORMS
 

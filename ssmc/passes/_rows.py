@@ -11,6 +11,7 @@ from torch import fx
 from ssmc.core import is_call
 from ssmc.core.dialect import operands
 from ssmc.passes._calibration import channels
+from ssmc.passes._follow import unscaled
 
 _CHANNELWISE = (
     "ssmc::causal_conv1d", "ssmc::hadamard", "ssmc::layer_norm", "ssmc::rms_norm",
@@ -31,7 +32,8 @@ class Rows:
 def rows_behind(value: Any) -> Rows | None:
     """The rows that compute `value`, seen through convolutions, norms, splits and reshapes.
 
-    None where something else computes it.
+    Multiples of channels by constants are seen through as well, whatever they are. None where
+    something else computes it.
     """
     start, width = 0, math.prod(channels(value))
     while not is_call(value, "ssmc::linear"):
@@ -41,6 +43,8 @@ def rows_behind(value: Any) -> Rows | None:
             start += sum(sizes[:index])
         elif is_call(value, *_CHANNELWISE):
             value = next(iter(operands(value).values()))
+        elif (inner := unscaled(value)) is not None:
+            value = inner
         else:
             return None
     return Rows(value, start, start + width)

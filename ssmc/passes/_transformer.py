@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import fx
 
 from ssmc.core import Graph, is_call
 from ssmc.core.dialect import operands
-from ssmc.passes.ssm_sites import readers, source
+from ssmc.passes._follow import computed_by, readers, source
+from ssmc.passes.ssm_sites import ACTIVATIONS
 
 LINEARS = ("ssmc::linear", "ssmc::expert_linear")
 """Products with a weight [N, K], or [E, N, K] of stacked experts."""
 ATTENTIONS = ("ssmc::attention", "ssmc::int8_attention")
-_ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
 _SCORES = ("softmax", "sigmoid")
 _THROUGH = ("ssmc::rotary_embedding", "ssmc::rms_norm")
 
@@ -74,36 +75,56 @@ class PlainMlp:
         return {"up_proj": self.up_proj, "down_proj": self.down_proj}
 
 
-def is_scaling(node: fx.Node) -> bool:
-    """Whether a call multiplies by a number, which every linear map commutes with."""
-    return is_call(node, "mul", "truediv") and isinstance(node.args[1], int | float)
-
-
-def computed_by(value: fx.Node) -> fx.Node:
-    """The call that computes `value`, seen through views, casts, rotations and numbers."""
-    found = source(value)
-    while is_scaling(found):
-        found = source(found.all_input_nodes[0])
-    return found
-
-
-def read_by(value: fx.Node) -> list[fx.Node]:
-    """The calls that read `value`, or a multiple of it by a number."""
-    return [n for user in value.users for n in (read_by(user) if is_scaling(user) else [user])]
-
-
 def roles(g: Graph) -> dict[fx.Node, str]:
-    """The roles of calls of attention, of MLPs and experts, and of their routers."""
+    """The roles of calls of attention, of MLPs and experts, of their routers and of adapters."""
     parts = [found.parts() for found in (*attentions(g), *mlps(g))]
     named = {node: role for named in parts for role, node in named.items()}
-    return named | dict.fromkeys(_routers(g), "router")
+    return named | dict.fromkeys(_routers(g), "router") | dict.fromkeys(_adapters(g), "adapter")
 
 
 def _routers(g: Graph) -> list[fx.Node]:
-    """The linear layers whose outputs choose experts."""
-    scores = [source(operands(n)["x"]) for n in g.calls("ssmc::top_k")]
+    """The linear layers whose outputs choose experts, with corrections that balance their load.
+
+    The correction is a parameter added to the scores (Wang et al. 2024, arXiv 2408.15664, eq. 3).
+    """
+    found = [source(operands(n)["x"]) for n in g.calls("ssmc::top_k")]
+    scores = [source(_uncorrected(value)) for value in found]
     logits = [source(s.args[0]) if is_call(s, *_SCORES) else s for s in scores]  # type: ignore[arg-type]
     return [n for n in logits if is_call(n, "ssmc::linear")]
+
+
+def _uncorrected(value: fx.Node) -> fx.Node:
+    values = [operand for operand in value.all_input_nodes if operand.op != "get_attr"]
+    return values[0] if is_call(value, "add") and len(values) == 1 else value
+
+
+def _adapters(g: Graph) -> list[fx.Node]:
+    """The layers of low-rank adapters."""
+    sums = (_low_rank(n) for n in g.calls("add"))
+    return [layer for found in sums if found is not None for layer in found[1:]]
+
+
+def _adapted(value: fx.Node) -> fx.Node:
+    """The call that computes `value`, without a low-rank adapter that is added to it."""
+    found = computed_by(value)
+    parts = _low_rank(found)
+    return found if parts is None else parts[0]
+
+
+def _low_rank(total: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The layers W, A and B of W x + B (A x) (LoRA, Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
+    layers = [computed_by(operand) for operand in total.all_input_nodes]
+    if not (is_call(total, "add") and all(is_call(layer, "ssmc::linear") for layer in layers)):
+        return None
+    for layer, b in itertools.permutations(layers, 2):
+        a = source(operands(b)["x"])
+        if is_call(a, "ssmc::linear") and _input(a) is _input(layer):
+            return layer, a, b
+    return None
+
+
+def _input(layer: fx.Node) -> fx.Node:
+    return source(operands(layer)["x"])
 
 
 def attentions(g: Graph) -> list[Attention]:
@@ -122,7 +143,7 @@ def attention_of(call: fx.Node) -> Attention:
 def _projection(value: fx.Node) -> fx.Node | None:
     """The linear layer whose output an operand of attention is, or what its cache appends."""
     while not is_call(value, "ssmc::linear"):
-        found = computed_by(value)
+        found = _adapted(value)
         if is_call(found, "ssmc::cache_append", *_THROUGH):
             found = operands(found)["x"]
         if found is value:
@@ -144,7 +165,7 @@ def plain_mlps(g: Graph) -> list[PlainMlp]:
 
 def _plain_mlp(down: fx.Node) -> PlainMlp | None:
     value = product = operands(down)["x"]
-    while is_call(value, *_ACTIVATIONS) or _is_power(value):
+    while is_call(value, *ACTIVATIONS) or _is_power(value):
         value = computed_by(value.all_input_nodes[0])
     if value is product or not is_call(value, *LINEARS):
         return None
@@ -168,8 +189,8 @@ def gated_mlp(product: fx.Node) -> GatedMlp | None:
     if down is None or len(factors) != 2:
         return None
     for gate, up in (factors, factors[::-1]):
-        if is_call(gate, *_ACTIVATIONS):
-            layers = computed_by(gate.all_input_nodes[0]), computed_by(up)
+        if is_call(gate, *ACTIVATIONS):
+            layers = _adapted(gate.all_input_nodes[0]), _adapted(up)
             if all(is_call(layer, *LINEARS) for layer in layers):
                 return GatedMlp(product, gate, up, *layers, down)
     return None

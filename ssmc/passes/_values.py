@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from ssmc.core import is_call
 from ssmc.core.dialect import operands
-from ssmc.passes._transformer import ATTENTIONS, Attention, attention_of, is_scaling
-from ssmc.passes.ssm_sites import source
+from ssmc.passes._follow import is_scaling, source
+from ssmc.passes._transformer import ATTENTIONS, Attention, attention_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor, fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands, target_name
+from ssmc.passes._follow import read_by
 from ssmc.passes._shared import part
-from ssmc.passes._transformer import LINEARS, read_by
+from ssmc.passes._transformer import LINEARS
 from ssmc.passes.linears import PLAIN_NORMS
 
 

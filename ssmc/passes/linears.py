@@ -8,8 +8,8 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
-from ssmc.passes._transformer import LINEARS, computed_by, roles
-from ssmc.passes.ssm_sites import source
+from ssmc.passes._follow import computed_by
+from ssmc.passes._transformer import LINEARS, roles
 
 PLAIN_NORMS = ("ssmc::layer_norm", "ssmc::rms_norm")
 
@@ -31,7 +31,7 @@ class Linear:
     def role(self) -> str:
         """in_proj, x_proj, dt_proj, out_proj; q_proj, k_proj, v_proj, o_proj; head; or linear.
 
-        Of MLPs and experts gate_proj and up_proj, or gate_up_proj, and down_proj; router.
+        Of MLPs and experts gate_proj and up_proj, or gate_up_proj, and down_proj; router; adapter.
         """
         return str(self.node.meta.get("role") or "linear")
 
@@ -48,8 +48,9 @@ class Linears(Pass):
 
     Replaces:  nothing
     With:      roles (embedding, norm, head; of attention q_proj, k_proj, v_proj, o_proj; of MLPs
-               and experts gate_proj, up_proj, gate_up_proj, down_proj; router; ssm-sites names the
-               others) and the list of linear layers, which other passes ask for
+               and experts gate_proj, up_proj, gate_up_proj, down_proj; router; adapter for the two
+               layers of a low-rank one; ssm-sites names the others) and the list of linear layers,
+               which other passes ask for
     """
 
     name = "linears"
@@ -79,5 +80,5 @@ class Linears(Pass):
 def describe(node: fx.Node) -> Linear:
     """A call of linear, with what feeds it."""
     args = operands(node)
-    norm = source(args["x"])
+    norm = computed_by(args["x"])
     return Linear(node, args["x"], args["weight"], norm if is_call(norm, *PLAIN_NORMS) else None)

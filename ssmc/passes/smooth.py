@@ -11,11 +11,12 @@ from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
 from ssmc.errors import UsageError
 from ssmc.passes._calibration import observe
+from ssmc.passes._follow import base_of, read_by, source
 from ssmc.passes._rows import Rows
 from ssmc.passes._transformer import LINEARS, gated_mlp
 from ssmc.passes._values import values_behind
 from ssmc.passes.linears import Linear
-from ssmc.passes.ssm_sites import NORMS, source
+from ssmc.passes.ssm_sites import NORMS
 from ssmc.quant.observers import Absmax
 
 
@@ -52,14 +53,15 @@ class Smooth(Pass):
         observe(g, observers, context)
         for x, linears in groups.items():
             weights = [g.param(linear.weight) for linear in linears]
+            read = [w * base_of(of.input)[1] for w, of in zip(weights, linears, strict=True)]
             width = weights[0].shape[-1]
             absmax = observers[x].channel().reshape(-1, width).amax(0)  # over a token's experts
             path = values_behind(x)
             if path is None:
-                s = factors(absmax, weights, self.alpha)
+                s = factors(absmax, read, self.alpha)
                 divide(g, x, s)
             else:
-                rows = [path.by_row(weight) for weight in weights]
+                rows = [path.by_row(weight) for weight in read]
                 shared = factors(path.by_row(absmax).amax(0), rows, self.alpha)
                 divide_rows(g, Rows(path.v_proj, 0, len(shared)), shared)
                 s = path.by_column(shared)
@@ -71,7 +73,7 @@ class Smooth(Pass):
         tied = next((linear for linear in linears if linear.tied), None)
         if tied is not None:
             g.skip(tied.node, f"its weight is tied: {tied.weight.target}")
-        elif set(x.users) != {linear.node for linear in linears}:
+        elif set(read_by(x)) != {linear.node for linear in linears}:
             g.skip(linears[0].node, "its input has another reader")
         else:
             reason = _unfit(x)
@@ -91,10 +93,10 @@ def _unfit(x: fx.Node) -> str | None:
 
 
 def by_input(linears: list[Linear]) -> dict[fx.Node, list[Linear]]:
-    """The linear layers that read each value."""
+    """The linear layers that read each value, or a multiple of it by a number."""
     groups: dict[fx.Node, list[Linear]] = {}
     for linear in linears:
-        groups.setdefault(linear.input, []).append(linear)
+        groups.setdefault(base_of(linear.input)[0], []).append(linear)
     return groups
 
 

@@ -8,11 +8,11 @@ from torch import fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
+from ssmc.passes._follow import computed_by, readers, source
 
 SCANS = ("ssmc::selective_scan", "ssmc::ssd_scan")
+ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid")
 NORMS = ("ssmc::layer_norm", "ssmc::rms_norm", "ssmc::rms_norm_gated")
-_VIEWS = ("getitem", "split", "flatten", "unflatten", "reshape", "to_dtype", "flip", "pad")
-_CASTS = ("ssmc::quantize", "ssmc::quantize_dynamic", "ssmc::dequantize", "ssmc::hadamard")
 
 
 @dataclass(frozen=True)
@@ -77,25 +77,25 @@ def find_site(scan: fx.Node) -> Site:
     """The site around one scan."""
     args = operands(scan)
     u = args.get("u") or args["x"]
-    conv1d = _only(source(u), "ssmc::causal_conv1d")
+    conv1d = _only(computed_by(u), "ssmc::causal_conv1d")
     x = operands(conv1d)["x"] if conv1d is not None else None
-    dt_source = _only(source(args["dt"]), "ssmc::linear")
+    dt_source = _only(computed_by(args["dt"]), "ssmc::linear")
     below = _only(_normed_source(operands(dt_source)["x"]), "ssmc::linear") if dt_source else None
     gate_norm, out_proj = _down(scan)
-    z = args.get("z") or (operands(gate_norm)["gate"] if gate_norm is not None else None)
+    gate = operands(gate_norm)["gate"] if gate_norm is not None else _factor(out_proj)
     return Site(
         scan=scan,
         u=u,
         dt=args["dt"],
         B=args["B"],
         C=args["C"],
-        z=z,
+        z=args.get("z") or gate,
         x=x,
         y=operands(out_proj)["x"] if out_proj is not None else None,
         conv1d=conv1d,
-        in_proj=_only(source(x), "ssmc::linear") if x is not None else None,
+        in_proj=_only(computed_by(x), "ssmc::linear") if x is not None else None,
         x_proj=below
-        if below is not None and source(args["B"]) in (below, *_normed(below))
+        if below is not None and computed_by(args["B"]) in (below, *_normed(below))
         else None,
         dt_proj=dt_source if below is not None else None,
         gate_norm=gate_norm,
@@ -103,17 +103,10 @@ def find_site(scan: fx.Node) -> Site:
     )
 
 
-def source(value: fx.Node) -> fx.Node:
-    """The call that computes `value`, seen through views, casts and rotations."""
-    while is_call(value, *_VIEWS, *_CASTS):
-        value = next(iter(operands(value).values()))
-    return value
-
-
 def _normed_source(value: fx.Node) -> fx.Node:
-    """The call that computes `value`, seen through a norm as well."""
-    found = source(value)
-    return source(operands(found)["x"]) if is_call(found, *NORMS) else found
+    """The call that computes `value`, seen through a norm and multiples as well."""
+    found = computed_by(value)
+    return computed_by(operands(found)["x"]) if is_call(found, *NORMS) else found
 
 
 def _normed(node: fx.Node) -> list[fx.Node]:
@@ -124,19 +117,18 @@ def _only(node: fx.Node, name: str) -> fx.Node | None:
     return node if is_call(node, name) else None
 
 
-def readers(value: fx.Node) -> list[fx.Node]:
-    """The calls that read `value`, seen through views, casts and rotations."""
-    found = []
-    for user in value.users:
-        found += readers(user) if is_call(user, *_VIEWS, *_CASTS) else [user]
-    return found
-
-
 def _summed(found: list[fx.Node]) -> list[fx.Node]:
     """`found`, and what reads the sums of scans among them: of the two directions, say."""
     sums = (n for n in found if is_call(n, "add") and len(n.all_input_nodes) == 2)
     scanned = (n for n in sums if all(is_call(source(x), *SCANS) for x in n.all_input_nodes))
     return found + [reader for n in scanned for reader in readers(n)]
+
+
+def _factor(out_proj: fx.Node | None) -> fx.Node | None:
+    """The gate of a product that out_proj reads: what the activation in it activates."""
+    product = source(operands(out_proj)["x"]) if out_proj is not None else None
+    factors = product.all_input_nodes if is_call(product, "mul") else []  # type: ignore[union-attr]
+    return next((n.all_input_nodes[0] for n in factors if is_call(n, *ACTIVATIONS)), None)
 
 
 def _down(scan: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

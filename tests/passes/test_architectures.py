@@ -10,10 +10,11 @@ from core.tiny import apply, error
 from frontend.models import ARCHITECTURES, build, tokens
 from tiny import compile_tiny
 
-from ssmc.core import Context, Graph, make_plan, run_passes
+from ssmc.core import Context, Graph, is_call, make_plan, run_passes
 from ssmc.core.dialect import operands
 from ssmc.core.options import parse_passes
 from ssmc.frontend import trace
+from ssmc.passes._transformer import LINEARS, mlps
 from ssmc.runtime import CompiledModel
 from ssmc.runtime.verify import verify
 
@@ -46,25 +47,36 @@ def test_everything_in_eight_bits(architecture: str) -> None:
     assert compiled.about["metrics"]["probe_signal_to_noise_db"] > 20
 
 
+BESIDE = {"zamba2": "shared_transformer", "zamba2-adapters": "shared_transformer"}
+"""Where a layer stands between an MLP and the residual stream, which has no role."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_linear_layer_has_a_role(architecture: str) -> None:
+    g = _traced(architecture)
+    without = [n for n in g.nodes if is_call(n, *LINEARS) and not n.meta.get("role")]
+    assert all(BESIDE.get(architecture, "no") in str(n.args[0]) for n in without)
+    assert len(without) == (0 if architecture not in BESIDE else len(mlps(g)))
+
+
 # -- what is left out, and why --------------------------------------------------------------------
 
 READ = "its input has another reader"
 SCANNED = "selective_scan, which computes its input, cannot take a factor"
-MULTIPLE = ", which computes its input, cannot take a factor"  # a norm times a number
+COMPUTED = ", which computes its input, cannot take a factor"  # by what has no weight
 TIED = "its weight is tied: backbone.embeddings.weight"
 MAMBA = {("x_proj", READ): 3, ("out_proj", SCANNED): 3}
-FALCON_H1 = {("q_proj", MULTIPLE): 3, ("linear", MULTIPLE): 3}
 NOT_SMOOTHED = {
     "mamba": MAMBA | {("head", TIED): 1},
     "mamba-no-conv-bias": MAMBA | {("head", TIED): 1},
     "falcon": MAMBA | {("head", TIED): 1},
     "jamba": MAMBA,
-    "falcon-h1": FALCON_H1 | {("out_proj", MULTIPLE): 3},
-    "falcon-h1-norm": FALCON_H1,
-    "nemotron": {("down_proj", MULTIPLE): 1},  # behind relu(x) ** 2
-    "nemotron-experts": {("down_proj", MULTIPLE): 2},
+    "falcon-h1": {("out_proj", COMPUTED): 3},  # behind y * silu(z)
+    "nemotron": {("down_proj", COMPUTED): 1},  # behind relu(x) ** 2
+    "nemotron-experts": {("down_proj", COMPUTED): 2},
 }
 ALL_SMOOTHED = ["mamba2", "mamba2-groups", "llama", "llama-biases", "bamba", "granite", "qwen3"]
+ALL_SMOOTHED += ["falcon-h1-norm"]
 SMALL = {"x_proj", "dt_proj", "router"}
 NOTHING = ["the model has nothing for it"]
 

@@ -233,9 +233,9 @@ def test_a_weight_that_layers_share_is_rotated_once_for_all_of_them() -> None:
     g, ids = zamba2(), torch.randint(0, 97, (2, 9))
     expected, _ = g(ids)
     record = apply(g, "hadamard", Context([], None))["hadamard"]
-    shared = [n for n in g.params() if n.endswith("o_proj.weight")]
-    assert len(shared) == 1  # both layers have one block's weights
-    assert len(record.matched) == len(g.calls("ssmc::hadamard")) == 4 + 2
+    shared = [n for n in g.params() if n.endswith(("o_proj.weight", "down_proj.weight"))]
+    assert len(shared) == 2  # both layers have one block's weights
+    assert len(record.matched) == len(g.calls("ssmc::hadamard")) == 4 + 2 * 2
     assert record.skipped == []
     assert error(g(ids)[0], expected) < 1e-5
 

@@ -17,6 +17,7 @@ from ssmc.core.options import parse_passes
 from ssmc.corpus import read_texts, token_windows
 from ssmc.demo import calibration_file, evaluation_file
 from ssmc.errors import UsageError
+from ssmc.frontend import trace
 from ssmc.passes._blocks import Stream, blocks, plain
 from ssmc.passes._fit import Fit, Schedule
 from ssmc.passes._rows import rows_behind
@@ -87,12 +88,24 @@ def test_selective_parameters(kind: str) -> None:
     }
     assert set(found) == {layer + name for name in common | own[kind]}
     if kind == "mamba2":
-        mask = found[layer + "mixer.in_proj.weight"]
-        trained = mask.all(1)
-        for value, wanted in {"u": 0, "z": 0, "B": 1, "C": 1, "dt": 1}.items():
-            rows = rows_behind(getattr(site, value))
-            assert rows is not None
-            assert (trained[rows.start : rows.stop] == wanted).all(), value
+        check_rows(found[layer + "mixer.in_proj.weight"], site)
+
+
+def check_rows(mask: Tensor, site: Site) -> None:
+    """The rows that give B, C and dt are trained, and no others."""
+    trained = mask.all(1)
+    for value, wanted in {"u": 0, "z": 0, "B": 1, "C": 1, "dt": 1}.items():
+        rows = rows_behind(getattr(site, value))
+        assert rows is not None
+        assert (trained[rows.start : rows.stop] == wanted).all(), value
+
+
+def test_selective_parameters_behind_multipliers() -> None:
+    g = trace(build("falcon-h1"))
+    site, *_ = sites(g)
+    block = next(b for b in blocks(g) if site.scan in b.scans)
+    found = {str(n.target): m for n, m in selective_params(g, block.calls, [site]).items()}
+    check_rows(found["model.layers.0.mamba.in_proj.weight"], site)
 
 
 @pytest.mark.parametrize("kind", KINDS)

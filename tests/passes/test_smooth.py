@@ -174,3 +174,45 @@ def test_smoothing_tames_an_outlier_of_the_in_proj_input() -> None:
     assert spreads["smooth,"] < spreads[""] / 5, spreads
     assert local["smooth,"] < local[""] / 3, local
     assert whole["smooth,"] < whole[""] / 1.5, whole
+
+
+class Multiples(nn.Module):
+    """Two layers that read multiples of one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(6)
+        self.a, self.b = (nn.Linear(6, 6, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.a(y * 1.5) + self.b(0.25 * y / 2.0)
+
+
+def test_multiples_by_numbers_are_seen_through() -> None:
+    context, module = toy_context(), Multiples()
+    g = trace(module, torch.zeros(2, 5, 6))
+    (x,) = context.calibration[0]
+    expected, params = g(x)[0], g.params()
+    record = apply(g, "smooth", context)["smooth"]
+    assert record.matched == ["a", "b"]
+    assert error(g(x)[0], expected) < 2e-6
+    weights = [params["a.weight"] * 1.5, params["b.weight"] * 0.125]
+    normed = torch.cat([module.norm(batch) for (batch,) in context.calibration])
+    s = factors(normed.flatten(0, 1).abs().amax(0), weights, 0.5)
+    for name in "ab":
+        assert error(g.params()[f"{name}.weight"], params[f"{name}.weight"] * s) < 1e-6
+    assert error(g.params()["norm.weight"], params["norm.weight"] / s) < 1e-6
+
+
+def test_a_multiple_that_something_else_reads_is_left() -> None:
+    class Third(Multiples):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.tanh(self.norm(x) * 2.0)
+
+    g = trace(Third(), torch.zeros(2, 5, 6))
+    y, again = g.calls("ssmc::rms_norm")
+    g.replace(again, y)
+    record = apply(g, "smooth", toy_context())["smooth"]
+    assert record.matched == []
+    assert record.skipped == [{"node": "a", "reason": "its input has another reader"}]
