@@ -51,18 +51,31 @@ class Hooks:
 
 @dataclass
 class Source:
-    """What is compiled: the traced graph and where it came from."""
+    """What is compiled: the traced graph, where it came from, and where it is to run.
+
+    Without `device` that is where the graph's tensors are.
+    """
 
     graph: Graph
     about: dict[str, Any] = field(default_factory=dict)
     calibration: list[Inputs] = field(default_factory=list)
     tokenizer: str | None = None
 
+    device: torch.device | None = None
+
     def to(self, device: torch.device) -> Source:
-        """The same source with its tensors and its calibration batches on `device`."""
-        move(self.graph, device)
+        """The same source, to be run on `device`.
+
+        Its batches go there; its tensors stay, and each is fetched when it is its turn.
+        """
+        self.device = device
         self.calibration = [tuple(x.to(device) for x in batch) for batch in self.calibration]
         return self
+
+    @property
+    def runs_on(self) -> torch.device:
+        """Where passes run, and the result will be."""
+        return self.device or device_of(self.graph)
 
 
 def compile(
@@ -258,7 +271,7 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
         "model": model,
         "recipe": _resolved(recipe, recipe.plan()),
         "calibration text": source.about.get("calibration", given),
-        "environment": _tools() | {"device": str(device_of(source.graph))},
+        "environment": _tools() | {"device": str(source.runs_on)},
     }
 
 
@@ -283,7 +296,7 @@ def prepare(
 ) -> Prepared:
     """Run the recipe's plan over a source up to the quantise stage, keeping a journal if given."""
     plan = recipe.plan()
-    BACKENDS[choose_backend(recipe.backend, device_of(source.graph))].load()  # fails now or never
+    BACKENDS[choose_backend(recipe.backend, source.runs_on)].load()  # fails now or never
     check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
     context.journal = journal
@@ -309,6 +322,7 @@ def finish(prepared: Prepared, recipe: Recipe, hooks: Hooks) -> CompiledModel:
         hooks.crash_folder, prepared.done,
     )  # fmt: skip
     report = Report(prepared.report.records + rest.records)
+    move(source.graph, source.runs_on)
     artefact = Artefact(
         source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
     )

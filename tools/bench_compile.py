@@ -26,20 +26,20 @@ def measure(name: str, passes: str, samples: int, length: int, device: torch.dev
     """A line of a table for a size: seconds of each part, and memory."""
     size = find_size(name)
     start = time.perf_counter()
-    graph = trace(size.module(device))
-    graph.module.to(device)
+    graph = trace(size.module(device).cpu())
     float_bytes = 2 * sum(t.numel() for t in graph.params().values())
     traced = time.perf_counter() - start
-    ids = torch.randint(0, VOCABULARY, (samples, length), device=device)
+    ids = torch.randint(0, VOCABULARY, (samples, length))
     batches: list[tuple[torch.Tensor, ...]] = [(b,) for b in ids.split(CALIBRATION_BATCH)]
     about = {"source": {"kind": "random", "name": size.name}}
     recipe = make_recipe(passes=passes, samples=samples, length=length)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     found: list[tuple[str, float]] = []
     hooks = Hooks(on_pass=lambda record, _: found.append((record.name, record.seconds)))
-    compiled = compile_source(Source(graph, about, batches), recipe, hooks)
+    compiled = compile_source(Source(graph, about, batches).to(device), recipe, hooks)
     whole = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     slow = ", ".join(f"{n} {s:.1f}" for n, s in found if s >= 0.05 * whole)

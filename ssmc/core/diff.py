@@ -7,6 +7,7 @@ them nothing; parameters are compared by their statistics and their hash.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,10 +71,12 @@ def difference(before: Snapshot, after: Snapshot) -> Diff:
         for name in dict.fromkeys([*before.params, *after.params])
         if before.params.get(name) is not after.params.get(name)
     ]
+    with ThreadPoolExecutor() as pool:  # hashing and arithmetic leave the interpreter free
+        stats = [pool.map(_stats, map(side.params.get, changed)) for side in (before, after)]
     return Diff(
         removed=[line for line in before.lines.values() if line not in new],
         added=[line for line in after.lines.values() if line not in old],
-        params={n: (_stats(before.params.get(n)), _stats(after.params.get(n))) for n in changed},
+        params=dict(zip(changed, zip(*stats, strict=True), strict=True)),
         nodes_before=len(before.lines),
         nodes_after=len(after.lines),
     )

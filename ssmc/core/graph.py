@@ -86,6 +86,11 @@ class Graph:
         names = dict.fromkeys(str(n.target) for n in self.nodes if n.op == "get_attr")
         return {name: self.module.get_buffer(name) for name in names}
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the tensors are, which need not be where the graph runs; None without any."""
+        return next((t.device for t in self.module.buffers()), None)
+
     def param(self, node: fx.Node) -> torch.Tensor:
         """The tensor behind a get_attr node."""
         if node.op != "get_attr":
@@ -94,7 +99,7 @@ class Graph:
 
     def set_param(self, node: fx.Node, value: torch.Tensor) -> fx.Node:
         """Replace the tensor behind a get_attr node, for all its users."""
-        self.param(node)  # refuses what is no parameter
+        value = value.to(self.param(node).device)  # which refuses what is no parameter
         put_tensor(self.module, str(node.target), self.keep(value))
         node.meta["val"] = value.to("meta")
         return node
@@ -102,7 +107,7 @@ class Graph:
     def new_param(self, name: str, value: torch.Tensor) -> fx.Node:
         """A get_attr node for a new tensor called `name`, or `name_1`, ... where that is taken."""
         name = self._free_name(name.lstrip("."))  # the owner of a call in the root module is ''
-        put_tensor(self.module, name, self.keep(value))
+        put_tensor(self.module, name, self.keep(value.to(self.device or value.device)))
         first = next(n for n in self.nodes if n.op != "placeholder")
         with self.module.graph.inserting_before(first):
             node = self.module.graph.get_attr(name)
@@ -237,9 +242,14 @@ class Graph:
         return self.run(*inputs, states=self._states(inputs, states))
 
     def run(self, *inputs: torch.Tensor, states: States) -> Output:
-        """The same from states that have room for the inputs: none of their values is looked at."""
+        """The same from states that have room for the inputs: none of their values is looked at.
+
+        It runs where the inputs are, and fetches the tensors that are elsewhere one by one.
+        """
+        given = (*inputs, *(states[s.name] for s in self.states))
+        there = self.device in (None, inputs[0].device)
         with torch.no_grad():
-            result, new = self.module(*inputs, *(states[s.name] for s in self.states))
+            result, new = self.module(*given) if there else _Watcher(self.module).run(*given)
         return result, dict(zip((s.name for s in self.states), new, strict=True))
 
     def watch(
@@ -267,10 +277,24 @@ class Graph:
 
 
 class _Watcher(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, seen: Callable[[fx.Node, Any], None]) -> None:
+    """Runs node by node where the inputs are, showing each value."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        seen: Callable[[fx.Node, Any], None] = lambda node, value: None,
+    ) -> None:
         super().__init__(module)
         self.extra_traceback = False  # errors say themselves where they come from
         self.seen = seen
+        self.device: torch.device | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.device = args[0].device
+        return super().run(*args, **kwargs)
+
+    def fetch_attr(self, target: str) -> Any:
+        return super().fetch_attr(target).to(self.device)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

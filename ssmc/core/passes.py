@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import fx
 
 from ssmc.catalogue import builtin_passes, plugin_passes
@@ -125,6 +126,11 @@ class Context:
     progress: typing.Callable[[int, int], None] = lambda done, total: None
     journal: Journal | None = None
     log: Log = dataclasses.field(default_factory=Log)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are, and the graph runs; the CPU where there are none."""
+        return self.calibration[0][0].device if self.calibration else torch.device("cpu")
 
     def given(self) -> list[tuple[Any, ...]]:
         """The calibration batches; UsageError where there are none."""

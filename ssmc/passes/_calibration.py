@@ -20,7 +20,8 @@ from ssmc.quant.observers import Observer
 def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -> None:
     """Show each observer every value of its node over the calibration batches, [tokens, C].
 
-    Raises NumericsError naming the first node whose value holds NaN or infinity.
+    What they keep is in the end where the parameters are. Raises NumericsError naming the first
+    node whose value holds NaN or infinity.
     """
 
     def seen(node: fx.Node, value: Any) -> None:
@@ -35,11 +36,14 @@ def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -
     if saved is not None:
         for node, observer in observers.items():
             observer.restore(saved.about["tokens"][node.name], _of(saved.tensors, node.name))
+            observer.to(context.device)
     for _, batches in run.stages():
         for _values in batches:
             pass
         if context.log.due():
             context.log.save(g, _position(run, observers))
+    for observer in observers.values():
+        observer.to(g.device or context.device)
 
 
 def _stops(g: Graph, observed: Mapping[fx.Node, Any]) -> list[fx.Node]:

@@ -40,6 +40,7 @@ class StagedRun:
         self.last_reader = {n: user for user in (*self.order, *stops[-1:]) for n in _read(user)}
         self.done = 0
         self.values: list[Values] | None = None
+        self.fetched: dict[fx.Node, Tensor] = {}  # what one stage has read of the parameters
 
     def stages(self) -> Iterator[tuple[fx.Node, Iterator[Values]]]:
         """Each stop, with the values in front of it in every batch, to be read to the end."""
@@ -50,6 +51,7 @@ class StagedRun:
             stop = self.stops[number]
             calls = self.order[self._place(number - 1) : self._place(number)]
             self.done = number + 1
+            self.fetched.clear()
             yield stop, (self._advance(values, calls) for values in self.values)
         self.context.progress(len(self.stops), len(self.stops))
 
@@ -85,15 +87,14 @@ class StagedRun:
             return
         self.done, self.values = saved.about[f"{prefix}done"], self._fresh()
         for values, found in zip(self.values, saved.about[f"{prefix}values"], strict=True):
-            device = next(iter(values.values())).device
             there = _decode(found, saved.tensors)
             values |= {
-                self.g.node(name): fx.node.map_aggregate(value, functools.partial(self._on, device))
+                self.g.node(name): fx.node.map_aggregate(value, self._back)
                 for name, value in there.items()
             }
 
-    def _on(self, device: torch.device, value: Any) -> Any:
-        return self._keep(value).to(device) if isinstance(value, Tensor) else value
+    def _back(self, value: Any) -> Any:
+        return self._keep(value.to(self.context.device)) if isinstance(value, Tensor) else value
 
     # -- running ------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ class StagedRun:
     def _fresh(self) -> list[Values]:
         fresh = functools.cache(functools.partial(fresh_states, self.g.states))
         return [
-            self._start(batch, fresh(len(batch[0]), batch[0].device, self.g.tokens(batch)))
+            self._start(batch, fresh(len(batch[0]), self.context.device, self.g.tokens(batch)))
             for batch in self.context.given()
         ]
 
@@ -133,7 +134,7 @@ class StagedRun:
 
     def _keep(self, value: Tensor) -> Tensor:
         """`value` until the next stage, lying as it does now."""
-        if self.g.store is None:
+        if self.g.store is None or value.device.type != "cpu":
             return value
         order, plain = dense(value)
         return undense(order, self.g.keep(plain))
@@ -143,10 +144,19 @@ class StagedRun:
         if node in values:
             return values[node]
         if node.op == "get_attr":
-            return self.g.param(node)
+            return self._param(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(values, n))
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _param(self, node: fx.Node) -> Tensor:
+        """A parameter where the batches are: fetched once for all of them, if it is elsewhere."""
+        value, device = self.g.param(node), self.context.device
+        if value.device == device:
+            return value
+        if node not in self.fetched:
+            self.fetched[node] = value.to(device)
+        return self.fetched[node]
 
 
 def is_constant(node: fx.Node) -> bool:

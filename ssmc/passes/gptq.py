@@ -82,11 +82,12 @@ class Gptq(Pass):
         expected = _outputs(exact)
         for linear, batches in run.inputs():
             weight = chosen[linear]
+            value = weight.weight.to(context.device)
             if linear in matrices:
                 with _named(linear):
-                    parts = [self._corrected(weight.weight, batches, next(expected))]
+                    parts = [self._corrected(value, batches, next(expected))]
             else:
-                parts = _parts(weight.weight, batches)
+                parts = _parts(value, batches)
             left.append(self._round(g, linear, weight, parts))
             if context.log.due():
                 context.log.save(g, _position(run, exact, left))
@@ -167,7 +168,7 @@ class Gptq(Pass):
 def _outputs(exact: StagedRun) -> Iterator[Iterator[Tensor]]:
     """What each layer puts out in float in every batch, without its bias."""
     for linear, batches in exact.inputs():
-        weight = exact.g.param(operands(linear)["weight"])
+        weight = exact.g.param(operands(linear)["weight"]).to(exact.context.device)
         yield (F.linear(x, weight) for x in batches)
 
 

@@ -77,12 +77,14 @@ class Reconstruct(Pass):
         order, draw = blocks(g), torch.Generator().manual_seed(context.seed)
         done = _restore(context.log.restore(g), exact, rounded, draw)
         for number, block in enumerate(order[done:], done):
-            exact.advance(block, g.params())
+            params = _there(g, block, context.device)
+            exact.advance(block, params)
             masks = self._masks(g, block)
             if masks:
-                fit = Fit(block, g.params(), masks, rounded, exact, self._call)
+                fit = Fit(block, params, masks, rounded, exact, self._call)
                 self._fit(g, fit, draw, self._progress(context, number, len(order)))
-            rounded.advance(block, g.params(), self._call(0))
+                params = _there(g, block, context.device)
+            rounded.advance(block, params, self._call(0))
             for stream in (exact, rounded):
                 stream.forget({node for later in order[number + 1 :] for node in later.calls})
             if context.log.due():
@@ -143,6 +145,12 @@ class Reconstruct(Pass):
             return simulated_scan(node, args, store) if kept else plain(node, args, kwargs)
 
         return call
+
+
+def _there(g: Graph, block: Block, device: torch.device) -> dict[str, Tensor]:
+    """The parameters that a block reads, on a device."""
+    read = {n for call in block.calls for n in call.all_input_nodes if n.op == "get_attr"}
+    return {str(node.target): g.param(node).to(device) for node in read}
 
 
 def _saved(done: int, exact: Stream, rounded: Stream, draw: torch.Generator) -> Saved:

@@ -116,7 +116,8 @@ def measure_variance(g: Graph, names: set[str], stride: int, context: Context) -
                 kept[0] += len(h)
                 kept[1] += h.sum(0)
                 kept[2] += h.square().sum(0)
-    return {name: s2 / n - (s1 / n).square() for name, (n, s1, s2) in moments.items()}
+    home = g.device or context.device
+    return {name: (s2 / n - (s1 / n).square()).to(home) for name, (n, s1, s2) in moments.items()}
 
 
 def fit(scan: fx.Node, measured: Tensor, predicted: Tensor) -> Fit:

@@ -56,6 +56,12 @@ class Observer(ABC):
         for name, value in tensors.items():
             setattr(self, name, value)
 
+    def to(self, device: torch.device) -> None:
+        """Move what is kept."""
+        self.restore(
+            self.tokens, {name: value.to(device) for name, value in self.tensors().items()}
+        )
+
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
 

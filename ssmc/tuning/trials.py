@@ -16,7 +16,7 @@ from ssmc.compiler import Prepared, Source
 from ssmc.core import Graph, Pass
 from ssmc.core.pipeline import apply_pass
 from ssmc.corpus import read_texts, sample_windows, token_windows
-from ssmc.device import device_of
+from ssmc.device import move
 from ssmc.errors import NumericsError, UsageError
 from ssmc.passes.quantise import Quantise
 from ssmc.recipe import Recipe
@@ -57,7 +57,7 @@ class Trials:
         self.context = replace(prepared.context, progress=lambda done, total: None)
         self.rest = recipe.plan()[len(prepared.done) :]
         self.own = quantise_of(self.rest).overrides
-        self.windows = windows.to(device_of(self.graph))
+        self.windows = windows.to(self.context.device)
         self.count = 0
         self._expected = [self._predict(prepared.reference, window) for window in self.windows]
         self._known: dict[tuple[str, ...], Score] = {}
@@ -91,6 +91,7 @@ class Trials:
         g = self.graph.copy()
         for p in self.plan(overrides):
             apply_pass(g, p, self.context)
+        move(g, self.context.device)
         return g
 
     def _score(self, g: Graph) -> Score:
