@@ -7,7 +7,6 @@ the name that the model's own class has for it.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +20,11 @@ from ssmc.export.huggingface import own_config
 from ssmc.frontend import huggingface
 from ssmc.ops.hadamard import hadamard
 from ssmc.quant.formats import unpack
+from ssmc.quant.weights import stored_weight
 from ssmc.runtime import Artefact
 
 PRODUCTS = ("ssmc::linear", "ssmc::expert_linear")
 DEQUANTIZE = ("ssmc::dequantize", "ssmc::dequantize_groups")
-_STORED = re.compile(r"_int[2-8]$")
-_SCALE = re.compile(r"_scale$")
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class _Reader:
             if is_call(node, *PRODUCTS):
                 self._product(node)
         for name, tensor in self.graph.params().items():
-            if not (_STORED.search(name) or _SCALE.search(name)):
+            if not (stored_weight(name) or name.endswith("_scale")):
                 self.values.setdefault(name, tensor)
         for node in self.graph.calls("ssmc::dequantize"):
             self._dequantized(node)
@@ -216,7 +214,8 @@ class _Reader:
         """The model's name of a tensor: that of what it is computed from, without its format."""
         while node.op != "get_attr":
             node = node.all_input_nodes[0]
-        return _STORED.sub("", str(node.target))
+        stored = stored_weight(str(node.target))
+        return stored[0] if stored else str(node.target)
 
 
 def _turn_back(graph: Graph, x: Any, weight: Tensor) -> tuple[Tensor, str | None, int]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ssmc import demo
+from ssmc.core.disk import read_json
 from ssmc.core.store import Store
 from ssmc.errors import UsageError, did_you_mean
 from ssmc.frontend import hub, huggingface, state_spaces, weights
@@ -52,7 +53,7 @@ def load_model(target: str, revision: str | None = None, store: Store | None = N
         raise UsageError(
             f"{folder} has no config.json", hint="give the folder that holds config.json"
         )
-    raw = weights.read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     tokenizer, generation = _tokenizer(folder), _generation_settings(folder)
     load = _state_spaces if state_spaces.describes(raw) else _huggingface
     module, files, kind = load(folder, raw, store)
@@ -130,7 +131,7 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
 
 def _generation_settings(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    return weights.read_json(file) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _first(ids: Any) -> int | None:

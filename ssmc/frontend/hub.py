@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ssmc.core.disk import read_json
 from ssmc.errors import UsageError
 from ssmc.frontend import state_spaces
-from ssmc.frontend.weights import first_line, read_json
+from ssmc.frontend.weights import first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")

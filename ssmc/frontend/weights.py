@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ssmc.core.disk import read_json
 from ssmc.core.store import Store
 from ssmc.errors import NumericsError, UsageError
 
@@ -25,21 +25,6 @@ def first_line(error: Exception) -> str:
     """What a foreign error says, on one line; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UsageError, with the line, for a file that holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}, line {error.lineno}: {error.msg}", hint="the file must be one JSON object"
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not text", hint="the file must be JSON in UTF-8") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}, line 1: a {type(value).__name__}, not a JSON object")
-    return value
 
 
 def safetensors_files(folder: Path) -> list[Path]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ssmc.inspection.moments import Call, Moment
-
-_STORED = re.compile(r"_int([2-8])$")
+from ssmc.quant.weights import stored_weight
 
 
 @dataclass(frozen=True)
@@ -31,15 +29,18 @@ def label(call: Call, moment: Moment) -> Label:
 def tensor_text(name: str, moment: Moment) -> str:
     """`in_proj.weight int8 1024x256, a scale a row`."""
     value = moment.tensors[name]
-    short = ".".join(name.split(".")[-2:])
-    bits = _STORED.search(name)
-    if bits is None:
+    stored = stored_weight(name)
+    if stored is None:
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"{short} {dtype} {_extents(value)}"
-    base = name[: bits.start()]
-    scale = moment.tensors.get(f"{base}_scale")
-    shared = "" if scale is None else f", {_shared(scale, value, int(bits[1]))}"
-    return f"{short[: -len(bits[0])]} int{bits[1]} {_extents(value, int(bits[1]))}{shared}"
+        return f"{_short(name)} {dtype} {_extents(value)}"
+    weight, bits = stored
+    scale = moment.tensors.get(f"{weight}_scale")
+    shared = "" if scale is None else f", {_shared(scale, value, bits)}"
+    return f"{_short(weight)} int{bits} {_extents(value, bits)}{shared}"
+
+
+def _short(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _extents(value: Tensor, bits: int = 8) -> str:

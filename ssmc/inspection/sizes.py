@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from ssmc.inspection.moments import Moment
-
-_STORED = re.compile(r"_int([2-8])$")
+from ssmc.quant.weights import stored_weight
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ def sizes(moment: Moment) -> list[Size]:
     roles = _roles(moment)
     found = []
     for name, value in moment.tensors.items():
-        stored = _STORED.search(name)
-        bits = int(stored[1]) if stored else value.element_size() * 8
+        stored = stored_weight(name)
+        bits = stored[1] if stored else value.element_size() * 8
         values = value.nbytes * 8 // bits
         dtype = str(value.dtype).removeprefix("torch.")
         role = roles.get(name, "other")

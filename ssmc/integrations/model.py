@@ -148,7 +148,7 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _logits(self, cache: SessionCache, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
-        rows = None if mask is None else real_tokens(mask[:, -ids.shape[1] :])
+        rows = None if mask is None else real_tokens(mask[:, -ids.shape[1] :], ids)
         session = cache.session
         if rows is None:
             if keep == 1:

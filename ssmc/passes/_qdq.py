@@ -11,7 +11,7 @@ from ssmc.core import Graph
 from ssmc.errors import PassError
 from ssmc.passes._calibration import channels
 from ssmc.quant.formats import Granularity, scale_for
-from ssmc.quant.weights import WeightFormat
+from ssmc.quant.weights import WeightFormat, stored_name
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Quantiser:
         rows = value.flatten(0, -2)
         scale = form.scales(rows)
         stored = _store(form, form.round(rows, scale), scale, value.shape[:-1])
-        q = self.g.new_param(f"{name}_int{form.bits}", stored[0])
+        q = self.g.new_param(stored_name(name, form.bits), stored[0])
         s = self.g.new_param(f"{name}_scale", stored[1])
         with self.g.before(user):
             if form.packed:

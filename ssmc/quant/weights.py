@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +24,23 @@ from ssmc.quant.formats import (
 )
 
 Range = Literal["absmax", "mse", "tanh"]
+_STORED = re.compile(r"(.*)_int([2-8])")
 
 SIGMAS = 3.0
 """Where the range of tanh levels ends, in standard deviations."""
 CANDIDATES = tuple(2 ** (-i / 8) for i in range(25))
 """Ranges tried for the least error, as fractions of the largest magnitude."""
+
+
+def stored_name(name: str, bits: int) -> str:
+    """The name of the integers of the weight called `name`."""
+    return f"{name}_int{bits}"
+
+
+def stored_weight(name: str) -> tuple[str, int] | None:
+    """The weight whose integers are called `name`, and their bits; None for other tensors."""
+    found = _STORED.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmc.errors import UsageError, did_you_mean
 from ssmc.runtime.generate import Model, follow, pad, stream
+from ssmc.runtime.padding import real_tokens
 from ssmc.runtime.sampling import Sampling
 from ssmc.runtime.text import Continuation, Ending
 
@@ -155,10 +156,12 @@ def _prompts(ids: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
         raise UsageError(f"input_ids of shape {list(ids.shape)}", hint="they are [batch, length]")
     if mask is None:
         return list(ids)
-    real = mask.bool()
-    if real.shape != ids.shape or bool((real[:, 1:] < real[:, :-1]).any()):
+    spans = real_tokens(mask, ids)
+    if spans is None:
+        return list(ids)
+    padded = next((row for row, (_, end) in enumerate(spans) if end < ids.shape[1]), None)
+    if padded is not None:
         raise UsageError(
-            f"attention_mask {list(mask.shape)} is not 0 and then 1 in each row",
-            hint=f"it is {list(ids.shape)}, as input_ids; pad prompts on their left",
+            f"row {padded} of attention_mask ends in padding", hint="pad prompts on their left"
         )
-    return [row[kept] for row, kept in zip(ids, real, strict=True)]
+    return [row[start:] for row, (start, _) in zip(ids, spans, strict=True)]

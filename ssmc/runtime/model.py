@@ -103,7 +103,7 @@ class CompiledModel(nn.Module):
         UsageError for a mask with holes, and for padding behind states that are given.
         """
         program = self.lowered.graph if self.execution == "lowered" else self.graph
-        spans = None if attention_mask is None else real_tokens(attention_mask)
+        spans = None if attention_mask is None else real_tokens(attention_mask, inputs[0])
         with running_on(self.device):
             given = [x.to(self.device) for x in inputs]
             if spans is None:

@@ -18,11 +18,17 @@ Span = tuple[int, int]
 Program = Callable[..., tuple[Tensor, States]]
 
 
-def real_tokens(mask: Tensor) -> list[Span] | None:
-    """Where the tokens of each row of a mask [batch, length] begin and end; None for all.
+def real_tokens(mask: Tensor, ids: Tensor) -> list[Span] | None:
+    """Where the tokens of each row of ids [batch, length] begin and end by a mask; None for all.
 
-    Raises UsageError for a row with a hole or with nothing.
+    The mask is 0 where a row is padded. Raises UsageError for one of another shape, for a row with
+    a hole and for one with nothing.
     """
+    if mask.shape != ids.shape[:2]:
+        raise UsageError(
+            f"attention_mask has the shape {list(mask.shape)}",
+            hint=f"it is {list(ids.shape[:2])}, as input_ids: 1 for tokens, 0 for padding",
+        )
     present = mask.bool()
     if bool(present.all()):
         return None

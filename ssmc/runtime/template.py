@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ssmc.core.disk import read_json
 from ssmc.errors import UsageError
 
 Message = dict[str, str]  # `role` (system, user or assistant) and `content`
@@ -71,7 +71,8 @@ def read_chat_template(folder: Path) -> dict[str, Any] | None:
     the special tokens. The data has the fields `template` and `tokens` of a ChatTemplate. Raises
     UsageError for JSON that is broken.
     """
-    config = _read_json(folder / "tokenizer_config.json")
+    settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.is_file() else {}
     file = folder / "chat_template.jinja"
     written = file.read_text(encoding="utf-8") if file.is_file() else None
     template = written or _default(config.get("chat_template"))
@@ -80,15 +81,6 @@ def read_chat_template(folder: Path) -> dict[str, Any] | None:
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {name: _text(config[name]) for name in names if config.get(name)}
     return {"template": template, "tokens": tokens}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}", hint="download the tokenizer again") from None
 
 
 def _default(found: Any) -> str | None:

@@ -176,7 +176,11 @@ IDS = torch.ones(2, 3, dtype=torch.int64)
         ({"stop_strings": "a", "eos_token_id": 0}, "need the tokenizer", None),
         ({"attention_mask": torch.tensor([[1, 1, 0]] * 2)}, "attention_mask", "left"),
         ({"attention_mask": torch.ones(2, 4)}, "attention_mask", r"\[2, 3\]"),
-        ({"attention_mask": torch.tensor([[0, 0, 0], [1, 1, 1]])}, "the prompt is empty", None),
+        (
+            {"attention_mask": torch.tensor([[0, 0, 0], [1, 1, 1]])},
+            "nothing but padding",
+            "end of each row",
+        ),
     ],
 )
 def test_refuses(arguments: dict[str, Any], message: str, hint: str | None) -> None:

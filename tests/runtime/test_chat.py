@@ -278,7 +278,7 @@ def test_templates_are_found(
 
 def test_templates_that_are_broken(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"tokenizer_config.json: Expecting"):
+    with pytest.raises(UsageError, match=r"tokenizer_config.json, line 1: Expecting"):
         read_chat_template(tmp_path)
     for template in (
         "{% for %}",

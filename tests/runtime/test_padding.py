@@ -17,11 +17,15 @@ MASK = torch.tensor([[0] * (9 - n) + [1] * n for n in LENGTHS])
 
 
 def test_where_the_tokens_of_a_row_are() -> None:
-    assert real_tokens(torch.ones(2, 3)) is None
-    assert real_tokens(torch.tensor([[0, 1, 1], [1, 1, 0]])) == [(1, 3), (0, 2)]
+    ids = tokens(2, 3)
+    assert real_tokens(torch.ones(2, 3), ids) is None
+    assert real_tokens(torch.tensor([[0, 1, 1], [1, 1, 0]]), ids) == [(1, 3), (0, 2)]
     for row, what in (([1, 0, 1], "a hole"), ([0, 0, 0], "nothing but padding")):
         with pytest.raises(UsageError, match=f"row 1 of attention_mask has {what}"):
-            real_tokens(torch.tensor([[1, 1, 1], row]))
+            real_tokens(torch.tensor([[1, 1, 1], row]), ids)
+    with pytest.raises(UsageError, match=r"has the shape \[2, 4\]") as caught:
+        real_tokens(torch.ones(2, 4), ids)
+    assert "[2, 3], as input_ids" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
