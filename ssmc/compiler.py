@@ -296,10 +296,13 @@ def prepare(
 ) -> Prepared:
     """Run the recipe's plan over a source up to the quantise stage, keeping a journal if given."""
     plan = recipe.plan()
-    BACKENDS[choose_backend(recipe.backend, source.runs_on)].load()  # fails now or never
+    backend = BACKENDS[choose_backend(recipe.backend, source.runs_on)]
+    kernels = backend.load()  # fails now or never
     check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
     context.journal = journal
+    if source.runs_on.type == "cuda":  # elsewhere what is compiled does not depend on the backend
+        context.kernels = kernels
     exact: list[Graph] = []  # the graph before the first pass that may change the result
 
     def on_start(p: Pass) -> None:

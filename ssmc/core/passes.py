@@ -117,7 +117,8 @@ class Context:
 
     `calibration` holds batches of inputs (each a tuple of tensors), `probe` one such batch;
     `progress(done, total)` reports how far a long pass is. `log` is where the running pass may keep
-    how far it came, which `journal` writes to the disk, if there is one.
+    how far it came, which `journal` writes to the disk, if there is one. `kernels` are functions in
+    the place of operators, by name, where the batches are run and there are faster ones.
     """
 
     calibration: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
@@ -126,6 +127,9 @@ class Context:
     progress: typing.Callable[[int, int], None] = lambda done, total: None
     journal: Journal | None = None
     log: Log = dataclasses.field(default_factory=Log)
+    kernels: typing.Mapping[str, typing.Callable[..., Any]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ssmc.core import Context, Graph
-from ssmc.core.dialect import operands
+from ssmc.core.dialect import operands, target_name
 from ssmc.core.journal import Saved
 from ssmc.core.state import States, fresh_states
 
@@ -146,8 +146,9 @@ class StagedRun:
         if node.op == "get_attr":
             return self._param(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(values, n))
+        call: Any = self.context.kernels.get(target_name(node.target), node.target)
         with torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return call(*args, **kwargs)
 
     def _param(self, node: fx.Node) -> Tensor:
         """A parameter where the batches are: fetched once for all of them, if it is elsewhere."""

@@ -27,6 +27,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "embedding": ("int8_embedding",),
     "experts": ("int8_expert_linear",),
+    "float_scan": ("selective_scan",),
     "hadamard": ("hadamard", "hadamard_quantize"),
     "matmul": ("int8_linear_quantize",),
     "matmul_int4": ("int4_linear",),
@@ -75,6 +76,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "rms_norm_quantize": DYNAMIC,
     "rotary_embedding": FLOATS,
     "selective_scan_step": Tolerance(error=1e-3),  # its state may be rounded to 16 bits
+    "selective_scan": FLOATS,
     "ssd_scan_step": PRODUCTS,  # B and C come as floats out of the convolution
 }
 
