@@ -1,5 +1,4 @@
-"""The selective scan on floats: `selective_scan` of calibration, and of schemes whose activations
-stay in 16 bits.
+"""The selective scan on floats: for calibration, and schemes whose activations stay in 16 bits.
 
 A program holds the states of some channels of one sequence and takes token after token, as the
 definition does. It is bound by the latency of that chain, some hundred ns a token, which does not
