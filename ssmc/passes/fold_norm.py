@@ -92,7 +92,7 @@ def fold_norms(g: Graph, norms: list[fx.Node]) -> list[fx.Node]:
     Layers that share a weight go on sharing it where their norms have equal factors. All that reads
     one of the norms has to be a linear layer whose weight is a parameter.
     """
-    behind = {layer: norm for norm in norms for layer in read_by(norm)}
+    behind = {layer: norm for norm in norms if _given(norm) for layer in read_by(norm)}
     factors = {layer: _factors(g, norm) for layer, norm in behind.items()}
     part(g, factors)
     moved = {layer: key for layer, key in factors.items() if "bias" in _given(behind[layer])}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from core.tiny import Toy, apply, error, toy_context
 from frontend.models import build, tokens
@@ -147,3 +150,26 @@ def test_a_weight_read_beside_the_residual_stream_is_untied() -> None:
         ]
         assert error(g(ids)[0], expected) < 2e-6
         assert all(operands(n)["weight"] is None for n in g.calls("ssmc::rms_norm"))
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_a_head_behind_a_norm_without_factors_stays_tied_to_the_embedding(norm: Any) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(16, 12), nn.Linear(12, 12)
+            self.norm = norm(12, elementwise_affine=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embedding(ids)
+            x = x + self.layer(self.norm(x))
+            return ops.linear(self.norm(x), self.embedding.weight)
+
+    ids = torch.arange(16)[None]
+    g = trace(Tied(), ids)
+    (expected, _), before = g(ids), g.params()
+    record = apply(g, "hadamard{residual=true}", Context([(ids,)], (ids,)))["hadamard"]
+    assert record.notes == []
+    assert g.params().keys() == before.keys()
+    assert error(g.params()["embedding.weight"], before["embedding.weight"]) > 0.1
+    assert error(g(ids)[0], expected) < 2e-6
