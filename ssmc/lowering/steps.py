@@ -148,6 +148,16 @@ def _append(g: Graph, m: Match) -> fx.Node | None:
     return g.call("ssmc::cache_append_step", m.cache, m.x, m.position, like=m.node)
 
 
+def _position(g: Graph, m: Match) -> fx.Node | None:
+    """The count of tokens, written over the old one when nothing is to read that any more."""
+    old = m.position.name if isinstance(m.position, fx.Node) else None
+    kept = zip(g.states, g.new_states, strict=True)
+    if not any(spec.name == old and new is m.node for spec, new in kept) or len(m.node.users) > 1:
+        return None
+    with g.before(g.nodes[-1]):
+        return g.call("ssmc::position_step", m.position, m.tokens, like=m.node)
+
+
 def _pair(value: Pattern) -> tuple[Pattern, ...]:
     return results_of(op.quantize_dynamic(value, BITS))
 
@@ -188,3 +198,6 @@ STEPS: Rules = (
     (op.int8_linear(*_NORM, *_WEIGHT), _norm_linear),
     (op.cache_append("cache", "x", "position"), _append),
 )
+
+POSITION_STEP: Rules = ((op.add("position", op.size("ids", 1, label="tokens")), _position),)
+"""The last rule of all: what comes behind its call finds the new count."""

@@ -35,6 +35,7 @@ from ssmc.ops.steps import (
     cache_append_step,
     in_proj_conv_step,
     norm_linear_step,
+    position_step,
     selective_scan_step,
     ssd_scan_step,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "norm_linear_step",
+    "position_step",
     "quantize",
     "quantize_dynamic",
     "quantize_state",

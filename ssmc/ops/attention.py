@@ -12,7 +12,8 @@ from ssmc.ops.registry import expect_shape, operator
 from ssmc.quant.formats import dequantize_tensor
 
 
-def _check_rotary(x: Tensor, frequencies: Tensor, position: Tensor) -> None:
+def check_rotary(x: Tensor, frequencies: Tensor, position: Tensor) -> None:
+    """Raise UsageError for frequencies or positions that do not fit x [B, L, H, P]."""
     expect_shape("rotary_embedding", "position", position, x.shape[:1])
     if frequencies.dim() != 1 or 2 * frequencies.shape[0] > x.shape[-1]:
         raise UsageError(
@@ -23,7 +24,7 @@ def _check_rotary(x: Tensor, frequencies: Tensor, position: Tensor) -> None:
 
 
 def _rotary_fake(x: Tensor, frequencies: Tensor, position: Tensor, scale: float = 1.0) -> Tensor:
-    _check_rotary(x, frequencies, position)
+    check_rotary(x, frequencies, position)
     return x.new_empty(x.shape)
 
 
@@ -37,7 +38,7 @@ def rotary_embedding(
     frequencies[i], for frequencies [R]; channels from 2 R on stay. position [B] int64 is that of
     the first token of each sequence. Cosines and sines are times `scale`.
     """
-    _check_rotary(x, frequencies, position)
+    check_rotary(x, frequencies, position)
     angles = (_positions(position, x.shape[1]).unsqueeze(-1).float() * frequencies).unsqueeze(2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
     pairs = frequencies.shape[0]
@@ -64,15 +65,20 @@ def cache_append(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
     UsageError where the cache lacks room (on a GPU torch's own assertion).
     """
     _append_fake(cache, x, position)
-    end = position + x.shape[1]
-    if not cache.is_cuda and int(end.max()) > cache.shape[1]:  # a GPU would be waited for
-        raise UsageError(
-            f"ssmc::cache_append: a cache of {cache.shape[1]} tokens has no room for "
-            f"{int(end.max())}",
-            hint="make the states with more room: fresh_states(g.states, batch, room=...)",
-        )
+    if not cache.is_cuda:  # a GPU would be waited for
+        check_room(cache, x, position)
     rows = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
     return cache.index_put((rows, _positions(position, x.shape[1])), x)
+
+
+def check_room(cache: Tensor, x: Tensor, position: Tensor) -> None:
+    """Raise UsageError where the cache has no room for x [B, L, ...] from position [B] on."""
+    needed = int(position.max()) + x.shape[1]
+    if needed > cache.shape[1]:
+        raise UsageError(
+            f"ssmc::cache_append: a cache of {cache.shape[1]} tokens has no room for {needed}",
+            hint="make the states with more room: fresh_states(g.states, batch, room=...)",
+        )
 
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> None:

@@ -16,7 +16,7 @@ from ssmc.ops.fused_linear import int8_linear_quantize
 from ssmc.ops.fused_norm import rms_norm_quantize
 from ssmc.ops.int8 import int8_causal_conv1d, int8_linear, int8_selective_scan, int8_ssd_scan
 from ssmc.ops.quantize import quantize, quantize_dynamic
-from ssmc.ops.registry import composite
+from ssmc.ops.registry import composite, operator
 
 
 @composite
@@ -128,3 +128,9 @@ def ssd_scan_step(
 def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
     """`cache_append` of the rows of one token: cache [B, T, ...], x [B, 1, ...], position [B]."""
     return cache_append(cache, x, position)
+
+
+@operator(lambda position, tokens: position.new_empty(position.shape))
+def position_step(position: Tensor, tokens: int) -> Tensor:
+    """How many tokens each sequence has had, int64 [B], after so many more."""
+    return position + tokens

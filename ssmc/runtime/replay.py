@@ -41,7 +41,9 @@ class TapeRecorder:
             runner = _Runner(program.module)
             result, new = runner.run(ids, *(self.states[s.name] for s in program.states))
             given = dict(zip((s.name for s in program.states), new, strict=True))
-            run_torch(overwrite, self.states, given)
+            moved = {n for n, s in given.items() if s.data_ptr() != self.states[n].data_ptr()}
+            if moved:
+                run_torch(overwrite, *({n: of[n] for n in moved} for of in (self.states, given)))
         overwrite(self.states, before)
         return TapeRecording(tape, program, ids, result[:, -1])
 

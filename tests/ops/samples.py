@@ -93,6 +93,7 @@ def _attentions() -> list[tuple[str, Sample]]:
         ("cache_append", (k, torch.randn(2, 5, 3, 8), position)),
         ("cache_append", (k[:, :, 0, 0], torch.randn(2, 1), position)),
         ("cache_append_step", (k, torch.randn(2, 1, 3, 8), position)),
+        ("position_step", (position, 1)),
         ("attention", (q, k, v, position)),
         ("attention", (q[:, :1], k, v, position, 0.3)),
         ("int8_attention", (q, *quantize_dynamic(k), *quantize_dynamic(v), position)),

@@ -8,7 +8,8 @@ from torch import Tensor
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.linear import copy_rows
-from ssmc.kernels.cpu.products import ROWS, rows_product
+from ssmc.kernels.cpu.products import rows_product
+from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int64_at, keep, share
 
 

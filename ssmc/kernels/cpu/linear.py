@@ -14,15 +14,9 @@ from torch import Tensor
 
 from ssmc import ops
 from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, run_torch, vector
-from ssmc.kernels.cpu.products import (
-    ROWS,
-    TILE_W,
-    TILE_X,
-    pack_rows,
-    rows_product,
-    tile_product,
-)
+from ssmc.kernels.cpu.products import TILE_W, TILE_X, pack_rows, rows_product, tile_product
 from ssmc.kernels.cpu.quantize import quantize_segments
+from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, keep, to_int8
 
 FEW = 8  # rows of x that are multiplied one by one

@@ -13,12 +13,20 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from ssmc.kernels.cpu.words import I8, I32, I64, for_loop
+from ssmc.kernels.cpu.vectors import (
+    BYTES,
+    ROWS,
+    WORDS,
+    address_of_row,
+    integer,
+    load,
+    store,
+    sums_of_lanes,
+    transposed,
+)
+from ssmc.kernels.cpu.words import I32, for_loop
 
-ROWS = 16  # of a weight: a row for each of the int32 in a register
 TILE_X, TILE_W = 8, 3  # a tile is 8 rows of x by 3 times ROWS of the weight
-BYTES = ir.VectorType(I8, 64)
-WORDS = ir.VectorType(I32, 16)
 _RAISE = ir.Constant(BYTES, [-128] * 64)
 _ZEROS = ir.Constant(WORDS, [0] * 16)
 
@@ -45,38 +53,10 @@ def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return total
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
-
-
-def _int(value: int) -> Any:
-    return ir.Constant(I64, value)
-
-
-def _pairs(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
-    """Exchange the lanes of a and b whose numbers have, or have not, the bit `distance`."""
-    upper = [j if not j & distance else 16 + j - distance for j in range(16)]
-    lower = [j + distance if not j & distance else 16 + j for j in range(16)]
-    masks = (ir.Constant(ir.VectorType(I32, 16), mask) for mask in (upper, lower))
-    first, second = (builder.shuffle_vector(a, b, mask) for mask in masks)
-    return first, second
-
-
-def _address_of_row(builder: Any, base: Any, stride: Any, row: int, rows: Any) -> Any:
-    """The address of a row; of the last one for those behind it."""
-    last = builder.sub(rows, _int(1))
-    index = builder.select(builder.icmp_signed("<", _int(row), rows), _int(row), last)
-    return builder.add(base, builder.mul(index, stride))
-
-
 def _broadcast(builder: Any, address: Any) -> Any:
     """Four bytes, 16 times."""
     one = ir.Constant(ir.VectorType(I32, 16), ir.Undefined)
-    single = builder.insert_element(one, _load(builder, address, I32), ir.Constant(I32, 0))
+    single = builder.insert_element(one, load(builder, address, I32), ir.Constant(I32, 0))
     word = builder.shuffle_vector(single, single, _ZEROS)
     return builder.bitcast(word, BYTES)
 
@@ -91,12 +71,12 @@ def tile_product(typing_context, out, x, x_stride, x_rows, packed, steps):
 
     def generate(context, builder, signature, arguments):
         out, x, stride, rows, packed, steps = arguments
-        bases = [_address_of_row(builder, x, stride, i, rows) for i in range(TILE_X)]
+        bases = [address_of_row(builder, x, stride, i, rows) for i in range(TILE_X)]
 
         def step(index: Any, totals: list[Any]) -> list[Any]:
-            w = builder.add(packed, builder.mul(index, _int(64 * TILE_W)))
-            weights = [_load(builder, builder.add(w, _int(64 * i)), BYTES) for i in range(TILE_W)]
-            offset, new = builder.mul(index, _int(4)), []
+            w = builder.add(packed, builder.mul(index, integer(64 * TILE_W)))
+            weights = [load(builder, builder.add(w, integer(64 * i)), BYTES) for i in range(TILE_W)]
+            offset, new = builder.mul(index, integer(4)), []
             for row, base in enumerate(bases):
                 word = _broadcast(builder, builder.add(base, offset))
                 for i, weight in enumerate(weights):
@@ -105,7 +85,7 @@ def tile_product(typing_context, out, x, x_stride, x_rows, packed, steps):
 
         totals = for_loop(builder, steps, [_ZEROS] * (TILE_X * TILE_W), step)
         for i, total in enumerate(totals):
-            _store(builder, total, builder.add(out, _int(64 * i)))
+            store(builder, total, builder.add(out, integer(64 * i)))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
@@ -121,20 +101,16 @@ def pack_rows(typing_context, out, out_stride, w, w_stride, w_rows, blocks):
 
     def generate(context, builder, signature, arguments):
         out, out_stride, w, stride, rows, blocks = arguments
-        bases = [_address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
+        bases = [address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
 
         def step(index: Any, _: list[Any]) -> list[Any]:
-            offset = builder.mul(index, _int(64))
-            block = [_load(builder, builder.add(base, offset), BYTES) for base in bases]
+            offset = builder.mul(index, integer(64))
+            block = [load(builder, builder.add(base, offset), BYTES) for base in bases]
             words = [builder.bitcast(builder.xor(b, _RAISE), WORDS) for b in block]
-            for distance in (1, 2, 4, 8):
-                for i in (i for i in range(ROWS) if not i & distance):
-                    j = i + distance
-                    words[i], words[j] = _pairs(builder, words[i], words[j], distance)
-            first = builder.mul(index, _int(ROWS))
-            for i, word in enumerate(words):
-                place = builder.mul(builder.add(first, _int(i)), out_stride)
-                _store(builder, word, builder.add(out, place))
+            first = builder.mul(index, integer(ROWS))
+            for i, word in enumerate(transposed(builder, words)):
+                place = builder.mul(builder.add(first, integer(i)), out_stride)
+                store(builder, word, builder.add(out, place))
             return []
 
         for_loop(builder, blocks, [], step)
@@ -153,27 +129,20 @@ def rows_product(typing_context, out, x, w, w_stride, w_rows, blocks):
 
     def generate(context, builder, signature, arguments):
         out, x, w, stride, rows, blocks = arguments
-        bases = [_address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
+        bases = [address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
 
         def step(index: Any, totals: list[Any]) -> list[Any]:
-            offset = builder.mul(index, _int(64))
-            values = _load(builder, builder.add(x, offset), BYTES)
+            offset = builder.mul(index, integer(64))
+            values = load(builder, builder.add(x, offset), BYTES)
             new = []
             for base, total in zip(bases, totals, strict=False):
-                row = _load(builder, builder.add(base, offset), BYTES)
+                row = load(builder, builder.add(base, offset), BYTES)
                 new.append(_dot(builder, total, builder.xor(row, _RAISE), values))
             return [*new, _dot(builder, totals[-1], _RAISE, values)]
 
         *totals, excess = for_loop(builder, blocks, [_ZEROS] * (ROWS + 1), step)
         sums = [builder.sub(total, excess) for total in totals]
-        distance = 1
-        while len(sums) > 1:  # neighbours become one, and their lanes half as many sums
-            halves = [
-                _pairs(builder, a, b, distance) for a, b in zip(sums[::2], sums[1::2], strict=True)
-            ]
-            sums = [builder.add(a, b) for a, b in halves]
-            distance *= 2
-        _store(builder, sums[0], out)
+        store(builder, sums_of_lanes(builder, builder.add, sums), out)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate

@@ -16,15 +16,6 @@ from ssmc.kernels.cpu.selective_scan import scan as selective_scan
 from ssmc.kernels.cpu.ssd_scan import scan as ssd_scan
 
 
-def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
-    """As ssmc::cache_append_step, in plain torch; the row is written into `cache` itself."""
-    return run_torch(_append, cache, x, position)
-
-
-def _append(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
-    return cache.index_put_((torch.arange(len(cache)), position), x[:, 0])
-
-
 def norm_linear_step(
     x: Tensor,
     norm_weight: Tensor | None,

@@ -38,7 +38,9 @@ def _pointer(member: Any) -> Any:
 
 
 _to_float32, _to_float64 = _pointer(types.float32), _pointer(types.float64)
-_to_int8, _to_int32, _to_int64 = map(_pointer, (types.int8, types.int32, types.int64))
+_to_int8, _to_int16, _to_int32, _to_int64 = map(
+    _pointer, (types.int8, types.int16, types.int32, types.int64)
+)
 
 
 @njit
@@ -57,6 +59,12 @@ def float64_at(address, count):
 def int8_at(address, count):
     """The array of `count` int8 at an address."""
     return carray(_to_int8(address), count)
+
+
+@njit
+def int16_at(address, count):
+    """The array of `count` int16 at an address."""
+    return carray(_to_int16(address), count)
 
 
 @njit
@@ -144,6 +152,17 @@ def scale_for(typing_context, absmax):
         return builder.select(builder.fcmp_ordered(">", scale, least), scale, least)
 
     return types.float32(types.float32), generate
+
+
+@intrinsic
+def float_of_bfloat16(typing_context, bits):
+    """The float32 of the bfloat16 whose bits an int16 has."""
+
+    def generate(context, builder, signature, arguments):
+        wide = builder.shl(builder.zext(arguments[0], I32), ir.Constant(I32, 16))
+        return builder.bitcast(wide, F32)
+
+    return types.float32(types.int16), generate
 
 
 @intrinsic

@@ -16,9 +16,11 @@ import torch
 from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
 from ssmc.lowering.backends.plain import PLAIN
 from ssmc.lowering.fusion import FUSIONS, SPLITS
-from ssmc.lowering.steps import STEPS
+from ssmc.lowering.steps import POSITION_STEP, STEPS
 
 KERNELS: dict[str, tuple[str, ...]] = {
+    "attention": ("attention", "int8_attention"),
+    "cache": ("cache_append_step", "position_step"),
     "conv1d": (
         "int8_causal_conv1d",
         "int8_causal_conv1d_quantize",
@@ -35,10 +37,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "rms_norm_quantize",
     ),
     "quantize": ("quantize", "quantize_dynamic"),
+    "rotary": ("rotary_embedding",),
     "selective_scan": ("int8_selective_scan",),
     "ssd_scan": ("int8_ssd_scan",),
     "steps": (
-        "cache_append_step",
         "in_proj_conv_step",
         "int8_ssd_scan_state",
         "norm_linear_step",
@@ -63,10 +65,12 @@ PRODUCTS = Tolerance(error=2**-6)
 
 TOLERANCES: dict[str, Tolerance] = {
     "add_rms_norm_quantize": DYNAMIC,
+    "attention": FLOATS,
     "gated_norm_quantize": DYNAMIC,
     "hadamard": FLOATS,
     "hadamard_quantize": DYNAMIC,
     "in_proj_conv_step": DYNAMIC,
+    "int8_attention": FLOATS,
     "int8_causal_conv1d": FLOATS,
     "int8_causal_conv1d_quantize": STATIC,
     "int8_causal_conv1d_split": DYNAMIC,
@@ -75,6 +79,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "int8_ssd_scan_state": Tolerance(error=1e-3),  # its state is rounded to 16 bits
     "norm_linear_step": PRODUCTS,
     "rms_norm_quantize": DYNAMIC,
+    "rotary_embedding": FLOATS,
     "selective_scan_step": Tolerance(error=1e-3),  # its state may be rounded to 16 bits
     "ssd_scan_step": PRODUCTS,  # B and C come as floats out of the convolution
 }
@@ -106,7 +111,7 @@ def _load() -> Kernels:
 COMPILED = CPUBackend(
     "cpu",
     rules=(FUSIONS, SPLITS),
-    step_rules=(FUSIONS, STEPS, SPLITS),
+    step_rules=(FUSIONS, STEPS, SPLITS, POSITION_STEP),
     tolerances={f"ssmc::{name}": tolerance for name, tolerance in TOLERANCES.items()},
 )
 CPU: Backend = COMPILED if importlib.util.find_spec("numba") is not None else PLAIN

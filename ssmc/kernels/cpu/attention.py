@@ -1,0 +1,218 @@
+"""Attention of a few tokens over a cache of keys and values, as decoding has it.
+
+A prompt's are products of matrices, which torch has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ssmc import ops
+from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
+from ssmc.kernels.cpu.numbers import LOG2E, exp2
+from ssmc.kernels.cpu.vectors import ROWS, float32_rows_dot, int8_rows_dot
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    float_of_bfloat16,
+    float_of_bits,
+    int8_at,
+    int16_at,
+    int64_at,
+    share,
+)
+from ssmc.ops.attention import check_attention
+
+FEW = 8  # tokens of a sequence, at most
+F32 = np.float32
+ZERO, ONE = F32(0), F32(1)
+
+
+@njit
+def _scales(address, wide, apart, count, out):
+    """Numbers that lie `apart` elements from one another, float32 (wide) or bfloat16."""
+    if wide:
+        values = float32_at(address, (count - 1) * apart + 1)
+        for i in range(count):
+            out[i] = values[i * apart]
+    else:
+        halves = int16_at(address, (count - 1) * apart + 1)
+        for i in range(count):
+            out[i] = float_of_bfloat16(halves[i * apart])
+
+
+@njit(fastmath={"contract", "reassoc"})
+def _float32_dots(q, n, rows, apart, count, out):
+    """Products of q with rows of float32 that lie `apart` elements from one another."""
+    blocks = n // 16
+    for first in range(0, count, ROWS):
+        size, start = min(ROWS, count - first), rows + 4 * first * apart
+        float32_rows_dot(out + 4 * first, q, start, 4 * apart, size, blocks)
+        if n % 16:
+            rest, found = float32_at(q + 64 * blocks, n % 16), float32_at(out + 4 * first, size)
+            for i in range(size):
+                row = float32_at(start + 4 * i * apart + 64 * blocks, n % 16)
+                for j in range(n % 16):
+                    found[i] += rest[j] * row[j]
+
+
+@njit(fastmath={"contract", "reassoc"})
+def _int8_dots(q, n, rows, apart, count, out):
+    """`_float32_dots` of rows of int8."""
+    blocks = n // 16
+    for first in range(0, count, ROWS):
+        size, start = min(ROWS, count - first), rows + first * apart
+        int8_rows_dot(out + 4 * first, q, start, apart, size, blocks)
+        if n % 16:
+            rest, found = float32_at(q + 64 * blocks, n % 16), float32_at(out + 4 * first, size)
+            for i in range(size):
+                row = int8_at(start + i * apart + 16 * blocks, n % 16)
+                for j in range(n % 16):
+                    found[i] += rest[j] * F32(row[j])
+
+
+@njit(fastmath={"contract", "reassoc", "nnan", "nsz"})
+def _softmax(scores, scale):
+    """exp(scale (s - the largest)) in place of each score s; 1 over their sum."""
+    largest = scores[0]
+    for i in range(len(scores)):
+        largest = scores[i] if scores[i] > largest else largest
+    factor, total = scale * LOG2E, ZERO
+    for i in range(len(scores)):
+        scores[i] = exp2((scores[i] - largest) * factor)
+    for i in range(len(scores)):
+        total += scores[i]
+    return ONE / total
+
+
+@njit(fastmath={"contract"})
+def _add_rows(y, w, a, b, c, d):
+    for i in range(len(y)):
+        y[i] += w[0] * a[i] + w[1] * b[i] + w[2] * c[i] + w[3] * d[i]
+
+
+@njit(fastmath={"contract"})
+def _add_row(y, w, a):
+    for i in range(len(y)):
+        y[i] += w * F32(a[i])
+
+
+@njit(fastmath={"contract"})
+def _float32_sum(weights, rows, apart, y):
+    """y += the sum of rows of float32 times their weights."""
+    whole, n = len(weights) // 4 * 4, len(y)
+    for t in range(0, whole, 4):
+        at = rows + 4 * t * apart
+        a, b = float32_at(at, n), float32_at(at + 4 * apart, n)
+        c, d = float32_at(at + 8 * apart, n), float32_at(at + 12 * apart, n)
+        _add_rows(y, weights[t : t + 4], a, b, c, d)
+    for t in range(whole, len(weights)):
+        _add_row(y, weights[t], float32_at(rows + 4 * t * apart, n))
+
+
+@njit(fastmath={"contract"})
+def _int8_sum(weights, rows, apart, y):
+    """`_float32_sum` of rows of int8."""
+    whole, n = len(weights) // 4 * 4, len(y)
+    for t in range(0, whole, 4):
+        at, w = rows + t * apart, weights[t : t + 4]
+        a, b = int8_at(at, n), int8_at(at + apart, n)
+        c, d = int8_at(at + 2 * apart, n), int8_at(at + 3 * apart, n)
+        for i in range(n):
+            y[i] += w[0] * F32(a[i]) + w[1] * F32(b[i]) + w[2] * F32(c[i]) + w[3] * F32(d[i])
+    for t in range(whole, len(weights)):
+        _add_row(y, weights[t], int8_at(rows + t * apart, n))
+
+
+@kernel()
+def _attention(arguments, thread, threads):
+    (
+        q, k, k_scale, v, v_scale, wide, position, scale, batch, length, heads, room, groups, n,
+        out_n, out,
+    ) = arguments_at(arguments, 16)  # fmt: skip
+    factor, starts = F32(float_of_bits(scale)), int64_at(position, batch)
+    scores, scales = np.empty(room + ROWS, F32), np.empty(room, F32)
+    for unit in share(batch * length * heads, thread, threads):
+        token, group = unit // heads, unit % heads * groups // heads
+        sequence = token // length
+        seen = min(room, starts[sequence] + token % length + 1)
+        first, found = sequence * room * groups + group, scores[:seen]
+        y = float32_at(out + 4 * unit * out_n, out_n)
+        y[:] = ZERO
+        if k_scale:
+            _int8_dots(q + 4 * unit * n, n, k + first * n, groups * n, seen, scores.ctypes.data)
+            size = 4 if wide else 2
+            _scales(k_scale + size * first, wide, groups, seen, scales)
+            for i in range(seen):
+                found[i] *= scales[i]
+            share_of = _softmax(found, factor)
+            _scales(v_scale + size * first, wide, groups, seen, scales)
+            for i in range(seen):
+                found[i] *= scales[i]
+            _int8_sum(found, v + first * out_n, groups * out_n, y)
+        else:
+            start, apart = k + 4 * first * n, groups * n
+            _float32_dots(q + 4 * unit * n, n, start, apart, seen, scores.ctypes.data)
+            share_of = _softmax(found, factor)
+            _float32_sum(found, v + 4 * first * out_n, groups * out_n, y)
+        for i in range(out_n):
+            y[i] *= share_of
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, scale: float | None = None
+) -> Tensor:
+    """As ssmc::attention: q [B, L, H, P], k [B, T, G, P], v [B, T, G, V] -> [B, L, H, V]."""
+    check_attention("attention", q, k, v, position)
+    if q.shape[1] > FEW or any(x.dtype != torch.float32 for x in (q, k, v)):
+        return run_torch(ops.attention, q, k, v, position, scale)
+    return _attend(q, k, None, v, None, position, scale)
+
+
+def int8_attention(
+    q: Tensor,
+    k_q: Tensor,
+    k_scale: Tensor,
+    v_q: Tensor,
+    v_scale: Tensor,
+    position: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """As ssmc::int8_attention: `attention` over int8 k_q and v_q."""
+    check_attention("int8_attention", q, k_q, v_q, position)
+    one_type = k_scale.dtype == v_scale.dtype
+    if q.shape[1] > FEW or not one_type or not _fits(k_q, k_scale) or not _fits(v_q, v_scale):
+        return run_torch(ops.int8_attention, q, k_q, k_scale, v_q, v_scale, position, scale)
+    return _attend(q, k_q, k_scale, v_q, v_scale, position, scale)
+
+
+def _fits(cache: Tensor, scale: Tensor) -> bool:
+    """Whether a cache has a scale for each row and head."""
+    return scale.shape == (*cache.shape[:3], 1) and scale.dtype in (torch.float32, torch.bfloat16)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor | None,
+    v: Tensor,
+    v_scale: Tensor | None,
+    position: Tensor,
+    scale: float | None,
+) -> Tensor:
+    batch, length, heads, n = q.shape
+    room, groups, out_n = *k.shape[1:3], v.shape[-1]
+    scales = [None if s is None else contiguous(s) for s in (k_scale, v_scale)]
+    out = empty((batch, length, heads, out_n))
+    launch(
+        _attention, contiguous(q), contiguous(k), scales[0], contiguous(v), scales[1],
+        int(k_scale is not None and k_scale.dtype == torch.float32), contiguous(position),
+        float(1 / math.sqrt(n) if scale is None else scale), batch, length, heads, room, groups, n,
+        out_n, out, work=q.shape[:3].numel() * room * (n + out_n) // 8,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,128 @@
+"""Registers of 16 numbers, as LLVM's instructions: rows of them, sums over them, transposition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ssmc.kernels.cpu.words import F32, I8, I32, I64, for_loop
+
+ROWS = 16  # at a time: one for each number in a register
+BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I32, 16)
+FLOATS = ir.VectorType(F32, 16)
+
+
+def load(builder: Any, address: Any, kind: Any) -> Any:
+    """What lies at an address, whatever its alignment."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def store(builder: Any, value: Any, address: Any) -> None:
+    """Put a value at an address, whatever its alignment."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def integer(value: int) -> Any:
+    """A constant, as addresses and strides are."""
+    return ir.Constant(I64, value)
+
+
+def pairs(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
+    """Exchange the lanes of a and b whose numbers have, or have not, the bit `distance`."""
+    upper = [j if not j & distance else 16 + j - distance for j in range(16)]
+    lower = [j + distance if not j & distance else 16 + j for j in range(16)]
+    masks = (ir.Constant(ir.VectorType(I32, 16), mask) for mask in (upper, lower))
+    first, second = (builder.shuffle_vector(a, b, mask) for mask in masks)
+    return first, second
+
+
+def address_of_row(builder: Any, base: Any, stride: Any, row: int, rows: Any) -> Any:
+    """The address of a row; of the last one for those behind it."""
+    last = builder.sub(rows, integer(1))
+    index = builder.select(builder.icmp_signed("<", integer(row), rows), integer(row), last)
+    return builder.add(base, builder.mul(index, stride))
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 registers whose lanes are the numbers of the registers that their values come from."""
+    rows = list(rows)
+    for distance in (1, 2, 4, 8):
+        for i in (i for i in range(ROWS) if not i & distance):
+            rows[i], rows[i + distance] = pairs(builder, rows[i], rows[i + distance], distance)
+    return rows
+
+
+def sums_of_lanes(builder: Any, add: Any, rows: list[Any]) -> Any:
+    """The sum over the lanes of each of 16 registers, as one register."""
+    distance = 1
+    while len(rows) > 1:  # neighbours become one, and their lanes half as many sums
+        halves = zip(rows[::2], rows[1::2], strict=True)
+        rows = [add(*pairs(builder, a, b, distance)) for a, b in halves]
+        distance *= 2
+    return rows[0]
+
+
+@intrinsic
+def transpose_block(typing_context, out, out_stride, x, x_stride):
+    """16 rows of 16 words of 32 bits to 16 rows of such; strides are in bytes."""
+
+    def generate(context, builder, signature, arguments):
+        out, out_stride, x, stride = arguments
+        places = [builder.add(x, builder.mul(stride, integer(i))) for i in range(ROWS)]
+        columns = transposed(builder, [load(builder, place, WORDS) for place in places])
+        for i, column in enumerate(columns):
+            store(builder, column, builder.add(out, builder.mul(out_stride, integer(i))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+def _rows_dot(kind: Any, size: int) -> Any:
+    """An intrinsic: products of rows of `kind`, a number of `size` bytes, with one of float32."""
+
+    def widened(builder: Any, address: Any) -> Any:
+        row = load(builder, address, ir.VectorType(kind, 16))
+        return row if kind is F32 else builder.sitofp(row, FLOATS)
+
+    @intrinsic
+    def rows_dot(typing_context, out, x, rows, stride, count, blocks):
+        def generate(context, builder, signature, arguments):
+            out, x, rows, stride, count, blocks = arguments
+            bases = [address_of_row(builder, rows, stride, i, count) for i in range(ROWS)]
+            fused = _multiply_add(builder)
+
+            def step(index: Any, totals: list[Any]) -> list[Any]:
+                values = load(builder, builder.add(x, builder.mul(index, integer(64))), FLOATS)
+                offset = builder.mul(index, integer(16 * size))
+                new = []
+                for base, total in zip(bases, totals, strict=True):
+                    row = widened(builder, builder.add(base, offset))
+                    new.append(builder.call(fused, [row, values, total]))
+                return new
+
+            zeros = ir.Constant(FLOATS, [0.0] * 16)
+            totals = for_loop(builder, blocks, [zeros] * ROWS, step)
+            store(builder, sums_of_lanes(builder, builder.fadd, totals), out)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), generate
+
+    return rows_dot
+
+
+def _multiply_add(builder: Any) -> Any:
+    name, module = "llvm.fmuladd.v16f32", builder.module
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    return module.globals.get(name) or ir.Function(module, kind, name)
+
+
+float32_rows_dot = _rows_dot(F32, 4)
+"""float32 [16] at `out`: 16 rows of float32 times x float32 [16 blocks].
+
+Rows are `stride` bytes apart; there are `count` of them, and what is behind these is not looked at.
+"""
+int8_rows_dot = _rows_dot(I8, 1)
+"""`float32_rows_dot` of rows of int8."""

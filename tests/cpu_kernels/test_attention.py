@@ -1,0 +1,56 @@
+"""Kernels of attention for the CPU, over caches of many rows, and what is written into caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssmc import ops
+from ssmc.errors import UsageError
+
+from .test_kernels import check, kernel
+
+pytest.importorskip("numba")
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "out", "room"),
+    [(4, 2, 64, 64, 40), (6, 3, 63, 17, 16), (3, 1, 16, 100, 130), (2, 2, 5, 1, 9)],
+)
+def test_attention(length: int, heads: int, groups: int, width: int, out: int, room: int) -> None:
+    q, position = torch.randn(2, length, heads, width), torch.tensor([0, room - length])
+    k, v = torch.randn(2, room, groups, width), torch.randn(2, room, groups, out)
+    check("attention", q, k, v, position)
+    check("attention", 100 * q, k, v, position, 0.5)  # nearly all weight on one row
+    k_pair, v_pair = ops.quantize_dynamic(k), ops.quantize_dynamic(v)
+    check("int8_attention", q, *k_pair, *v_pair, position)
+    halves = [(values, scale.bfloat16()) for values, scale in (k_pair, v_pair)]
+    check("int8_attention", q, *halves[0], *halves[1], position, 0.3)
+
+
+def test_rows_behind_a_token_are_not_looked_at() -> None:
+    q, position = torch.randn(1, 1, 2, 32), torch.tensor([20])
+    k, v = torch.randn(2, 1, 64, 2, 32)
+    expected = kernel("attention")(q, k, v, position)
+    k[:, 21:], v[:, 21:] = torch.nan, torch.nan
+    assert torch.equal(kernel("attention")(q, k, v, position), expected)
+
+
+def test_rotations_far_from_the_start() -> None:
+    x, frequencies = torch.randn(2, 3, 4, 70), 10000.0 ** -(torch.arange(32) / 32)
+    check("rotary_embedding", x, frequencies, torch.tensor([0, 262_000]))
+    check("rotary_embedding", x[:, :1], frequencies, torch.tensor([3, 100_000]), 1.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_rows_and_counts_are_written_in_place(dtype: torch.dtype) -> None:
+    cache, row = torch.ones(2, 6, 3, 5).to(dtype), torch.full((2, 1, 3, 5), 7).to(dtype)
+    position = torch.tensor([5, 0])
+    expected = ops.cache_append(cache, row, position)
+    assert kernel("cache_append_step")(cache, row, position) is cache
+    assert torch.equal(cache, expected)
+    assert kernel("position_step")(position, 1) is position
+    assert position.tolist() == [6, 1]
+    with pytest.raises(UsageError, match="no room for 7"):
+        kernel("cache_append_step")(cache, row, position)
