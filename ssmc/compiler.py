@@ -23,7 +23,7 @@ from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
 from ssmc.core.report import Report
 from ssmc.core.store import Store, parse_size
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
-from ssmc.device import device_of, find_device, move
+from ssmc.device import find_device, move
 from ssmc.errors import SsmcError, UsageError
 from ssmc.frontend import Model, huggingface, load_model, trace
 from ssmc.lowering import BACKENDS
@@ -51,31 +51,21 @@ class Hooks:
 
 @dataclass
 class Source:
-    """What is compiled: the traced graph, where it came from, and where it is to run.
-
-    Without `device` that is where the graph's tensors are.
-    """
+    """What is compiled: the traced graph and where it came from."""
 
     graph: Graph
     about: dict[str, Any] = field(default_factory=dict)
     calibration: list[Inputs] = field(default_factory=list)
     tokenizer: str | None = None
 
-    device: torch.device | None = None
-
     def to(self, device: torch.device) -> Source:
         """The same source, to be run on `device`.
 
         Its batches go there; its tensors stay, and each is fetched when it is its turn.
         """
-        self.device = device
+        self.graph.elsewhere = device
         self.calibration = [tuple(x.to(device) for x in batch) for batch in self.calibration]
         return self
-
-    @property
-    def runs_on(self) -> torch.device:
-        """Where passes run, and the result will be."""
-        return self.device or device_of(self.graph)
 
 
 def compile(
@@ -271,7 +261,7 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
         "model": model,
         "recipe": _resolved(recipe, recipe.plan()),
         "calibration text": source.about.get("calibration", given),
-        "environment": _tools() | {"device": str(source.runs_on)},
+        "environment": _tools() | {"device": str(source.graph.runs_on)},
     }
 
 
@@ -296,12 +286,12 @@ def prepare(
 ) -> Prepared:
     """Run the recipe's plan over a source up to the quantise stage, keeping a journal if given."""
     plan = recipe.plan()
-    backend = BACKENDS[choose_backend(recipe.backend, source.runs_on)]
+    backend = BACKENDS[choose_backend(recipe.backend, source.graph.runs_on)]
     kernels = backend.load()  # fails now or never
     check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
     context.journal = journal
-    if source.runs_on.type == "cuda":  # elsewhere what is compiled does not depend on the backend
+    if source.graph.runs_on.type == "cuda":  # on a CPU the result does not depend on the backend
         context.kernels = kernels
     exact: list[Graph] = []  # the graph before the first pass that may change the result
 
@@ -325,7 +315,7 @@ def finish(prepared: Prepared, recipe: Recipe, hooks: Hooks) -> CompiledModel:
         hooks.crash_folder, prepared.done,
     )  # fmt: skip
     report = Report(prepared.report.records + rest.records)
-    move(source.graph, source.runs_on)
+    move(source.graph, source.graph.runs_on)
     artefact = Artefact(
         source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
     )

@@ -28,11 +28,6 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def device_of(graph: Graph) -> torch.device:
-    """Where the tensors of `graph` are; the CPU where it has none."""
-    return next((t.device for t in graph.params().values()), torch.device("cpu"))
-
-
 def move(graph: Graph, device: torch.device) -> None:
     """Put the tensors of `graph` on `device`; graphs made from it earlier keep the old ones.
 
@@ -40,6 +35,7 @@ def move(graph: Graph, device: torch.device) -> None:
     """
     with running_on(device):
         graph.module.to(device)
+    graph.elsewhere = None
 
 
 @contextlib.contextmanager

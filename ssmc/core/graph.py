@@ -40,6 +40,9 @@ class Graph:
         self.module = fx.GraphModule(root, graph, class_name="Graph")
         self.inputs = tuple(inputs)
         self.states = tuple(states)
+        self.elsewhere: torch.device | None = (
+            None  # where it is to run, if not where its tensors are
+        )
         self.store: Store | None = None  # where tensors are kept that need not stay in memory
         self.facts: dict[str, Any] = {}  # what passes found of this graph's nodes, by name
         self.ranges: dict[str, Any] = {}  # observers of activations, by node name
@@ -88,8 +91,13 @@ class Graph:
 
     @property
     def device(self) -> torch.device | None:
-        """Where the tensors are, which need not be where the graph runs; None without any."""
+        """Where the tensors are; None without any."""
         return next((t.device for t in self.module.buffers()), None)
+
+    @property
+    def runs_on(self) -> torch.device:
+        """Where the graph is to run: where its tensors are, or each is fetched when needed."""
+        return self.elsewhere or self.device or torch.device("cpu")
 
     def param(self, node: fx.Node) -> torch.Tensor:
         """The tensor behind a get_attr node."""
@@ -229,7 +237,7 @@ class Graph:
         for old, new in names.items():
             new.meta = dict(old.meta)
         twin.ranges = dict(self.ranges)
-        twin.store = self.store
+        twin.store, twin.elsewhere = self.store, self.elsewhere
         return twin
 
     # -- running ------------------------------------------------------------------------------

@@ -33,4 +33,4 @@ class FoldALog(Pass):
             return g.skip(m.node, "its operand is computed, not a parameter")
         name = str(m.A_log.target)
         name = name.removesuffix("_log") if name.endswith("_log") else f"{name}_A"
-        return g.new_param(name, -torch.exp(g.param(m.A_log).float()))
+        return g.new_param(name, -torch.exp(g.param(m.A_log).to(g.runs_on).float()))

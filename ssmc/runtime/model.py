@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ssmc.core import Graph, States
-from ssmc.device import device_of, find_device, move, running_on
+from ssmc.device import find_device, move, running_on
 from ssmc.errors import DeviceError, UsageError
 from ssmc.lowering import Form, Lowered, lower
 from ssmc.runtime.arguments import generate
@@ -47,7 +47,7 @@ class CompiledModel(nn.Module):
         artefact.graph.facts.clear()  # what passes left for one another, weights in float among it
         if device is not None:
             move(artefact.graph, find_device(str(device)))
-        self.device = device_of(artefact.graph)
+        self.device = artefact.graph.runs_on
         self.backend = choose_backend(backend, self.device)
         self.execution: Execution = "lowered"
         self.tokenizer = Tokenizer.from_str(artefact.tokenizer) if artefact.tokenizer else None

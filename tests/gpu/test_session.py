@@ -16,6 +16,7 @@ from ssmc.evaluate import perplexity
 from ssmc.lowering import Form
 from ssmc.runtime import CompiledModel, Session
 from ssmc.runtime.arguments import generate
+from ssmc.runtime.capture import Recorder
 from ssmc.runtime.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.gpu
@@ -166,7 +167,7 @@ def test_what_waits_for_the_gpu_is_not_recorded(compiled: CompiledModel, fails: 
     def program(form: Form) -> Graph:
         return programs[form]  # type: ignore[return-value]
 
-    session = Session(program, 2, compiled.device, capture=True)
+    session = Session(program, 2, compiled.device, recorder=Recorder)
     ids = torch.ones(2, 16 + 32 + 1, dtype=torch.int64)
     stream = torch.cuda.current_stream()
     with pytest.warns(RuntimeWarning, match="cannot be recorded"):
