@@ -16,9 +16,9 @@ ROWWISE = {
     for name in (
         "add_rms_norm_quantize", "dequantize", "embedding", "expert_linear", "gated_norm_quantize",
         "hadamard", "hadamard_quantize", "int4_linear", "int8_embedding", "int8_expert_linear",
-        "int8_linear", "int8_linear_add", "int8_linear_quantize", "int8_linear_split", "layer_norm",
-        "linear", "quantize", "quantize_dynamic", "rms_norm", "rms_norm_gated", "rms_norm_quantize",
-        "top_k",
+        "int8_expert_linear_sum", "int8_linear", "int8_linear_add", "int8_linear_quantize",
+        "int8_linear_split", "layer_norm", "linear", "quantize", "quantize_dynamic", "rms_norm",
+        "rms_norm_gated", "rms_norm_quantize", "silu_mul_quantize", "softmax_top_k", "top_k",
     )
 }  # fmt: skip
 """Operators whose result at a position depends on that position of their operands alone."""

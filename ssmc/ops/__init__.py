@@ -9,6 +9,7 @@ from ssmc.ops.conv import causal_conv1d
 from ssmc.ops.experts import expert_linear, int8_expert_linear, top_k
 from ssmc.ops.fused_conv import int8_causal_conv1d_quantize, int8_causal_conv1d_split
 from ssmc.ops.fused_linear import int8_linear_add, int8_linear_quantize, int8_linear_split
+from ssmc.ops.fused_mlp import int8_expert_linear_sum, silu_mul_quantize, softmax_top_k
 from ssmc.ops.fused_norm import (
     add_rms_norm_quantize,
     gated_norm_quantize,
@@ -62,6 +63,7 @@ __all__ = [
     "int8_causal_conv1d_split",
     "int8_embedding",
     "int8_expert_linear",
+    "int8_expert_linear_sum",
     "int8_linear",
     "int8_linear_add",
     "int8_linear_quantize",
@@ -82,6 +84,8 @@ __all__ = [
     "rotary_embedding",
     "selective_scan",
     "selective_scan_step",
+    "silu_mul_quantize",
+    "softmax_top_k",
     "ssd_scan",
     "ssd_scan_step",
     "top_k",

@@ -110,6 +110,8 @@ def _experts(x: Tensor) -> list[tuple[str, Sample]]:
         ("expert_linear", (each, weight, index, True)),
         ("int8_expert_linear", (*quantize_dynamic(x), w_q, w_scale, index)),
         ("int8_expert_linear", (*quantize_dynamic(each), w_q, torch.tensor(0.01), index)),
+        ("int8_expert_linear_sum", (*quantize_dynamic(each), w_q, w_scale, index, each[..., 0])),
+        ("softmax_top_k", (x, 3)),
         ("dequantize_groups", (torch.randint(256, (4, 7, 6)).byte(), torch.rand(4, 7, 2))),
     ]
 
@@ -165,6 +167,8 @@ def _fused_samples(
         ("rms_norm_quantize", (x, gamma, 1e-6)),
         ("add_rms_norm_quantize", (x, x + 1, gamma)),
         ("hadamard_quantize", (x, 4)),
+        ("silu_mul_quantize", (x, x + 1)),
+        ("silu_mul_quantize", (x, x - 1, 12)),
         ("gated_norm_quantize", (x, *gate, gamma)),
         ("gated_norm_quantize", (x, *gate, gamma, 1e-6, 6, True, 12)),
         ("int8_linear_add", (*linear, torch.randn(2, 5, 7))),

@@ -1,4 +1,4 @@
-"""int8 products of each token with the weights of the experts it has chosen."""
+"""int8 products of each token with the weights of the experts it has chosen, or their sum."""
 
 from __future__ import annotations
 
@@ -12,33 +12,40 @@ from ssmc.kernels.cpu.products import rows_product
 from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int64_at, keep, share
 
+ZERO = np.float32(0)
+
 
 @kernel()
 def _experts(arguments, thread, threads):
     (
-        x, stride, x_scale, choices, each, w, w_scale, experts, n, k, index, count, out,
-    ) = arguments_at(arguments, 13)  # fmt: skip
+        x, stride, x_scale, choices, each, w, w_scale, experts, n, k, index, count, weight, out,
+    ) = arguments_at(arguments, 14)  # fmt: skip
     blocks, steps = (n + ROWS - 1) // ROWS, (k + 63) // 64
-    wide, cells = steps * 64, experts * n * k
+    wide, cells, summed = steps * 64, experts * n * k, choices if weight else 1
     padded, whole = np.zeros(wide, np.int8), np.zeros(ROWS * wide, np.int8)
-    sums, chosen, scales = (
+    sums, chosen, scales, weights = (
         np.empty(ROWS, np.int32),
         int64_at(index, count),
         float32_at(w_scale, experts * n),
+        float32_at(weight, count),
     )
-    for unit in share(count * blocks, thread, threads):
+    for unit in share(count // summed * blocks, thread, threads):
         row, begin = unit // blocks, unit % blocks * ROWS
-        token, first = row if each else row // choices, chosen[row] * n + begin
-        size, source, apart = min(ROWS, n - begin), w + first * k, k
-        copy_rows(x + token * stride, stride, 1, k, padded.ctypes.data, wide)
-        if (first + size - 1) * k + wide > cells:  # the weight would be read beyond its end
-            copy_rows(source, k, size, k, whole.ctypes.data, wide)
-            source, apart = whole.ctypes.data, wide
-        rows_product(sums.ctypes.data, padded.ctypes.data, source, apart, size, steps)
-        factor = np.float64(float32_at(x_scale, token + 1)[token])
+        size = min(ROWS, n - begin)
         y = float32_at(out + 4 * (row * n + begin), size)
-        for i in range(size):
-            y[i] = np.float32(np.float64(sums[i]) * (factor * np.float64(scales[first + i])))
+        y[:] = ZERO
+        for choice in range(row * summed, (row + 1) * summed):
+            token, first = choice if each else choice // choices, chosen[choice] * n + begin
+            source, apart = w + first * k, k
+            copy_rows(x + token * stride, stride, 1, k, padded.ctypes.data, wide)
+            if (first + size - 1) * k + wide > cells:  # the weight would be read beyond its end
+                copy_rows(source, k, size, k, whole.ctypes.data, wide)
+                source, apart = whole.ctypes.data, wide
+            rows_product(sums.ctypes.data, padded.ctypes.data, source, apart, size, steps)
+            factor = np.float64(float32_at(x_scale, token + 1)[token])
+            for i in range(size):
+                value = np.float32(np.float64(sums[i]) * (factor * np.float64(scales[first + i])))
+                y[i] = y[i] + value * weights[choice] if weight else value
     keep(padded)
     keep(whole)
 
@@ -47,14 +54,42 @@ def int8_expert_linear(
     x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, index: Tensor
 ) -> Tensor:
     """As ssmc::int8_expert_linear, bit for bit: float32 [B, L, k, N]."""
+    if not _by_row(x_q, x_scale, w_q, w_scale):
+        return run_torch(ops.int8_expert_linear, x_q, x_scale, w_q, w_scale, index)
+    return _multiply(x_q, x_scale, w_q, w_scale, index, None)
+
+
+def int8_expert_linear_sum(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """As ssmc::int8_expert_linear_sum: float32 [B, L, N]."""
+    if not _by_row(x_q, x_scale, w_q, w_scale):
+        return run_torch(ops.int8_expert_linear_sum, x_q, x_scale, w_q, w_scale, index, weights)
+    return _multiply(x_q, x_scale, w_q, w_scale, index, weights)
+
+
+def _by_row(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> bool:
+    """Whether scales are one for all, or one for each row of x and of the weights."""
+    return all(
+        s.numel() in (1, t.numel() // t.shape[-1]) for s, t in ((x_scale, x_q), (w_scale, w_q))
+    )
+
+
+def _multiply(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
     experts, n, k = w_q.shape
     x, count, apart = rows(x_q)
-    if x_scale.numel() not in (1, count) or w_scale.numel() not in (1, experts * n):
-        return run_torch(ops.int8_expert_linear, x_q, x_scale, w_q, w_scale, index)
-    out = empty((*index.shape, n))
+    out = empty((*index.shape, n) if weights is None else (*index.shape[:2], n))
     launch(
         _experts, x, apart, vector(x_scale, count), index.shape[-1], int(x_q.dim() == 4),
         contiguous(w_q), vector(w_scale, experts * n), experts, n, k, contiguous(index),
-        index.numel(), out, work=index.numel() * n * k // 8,
+        index.numel(), None if weights is None else contiguous(weights), out,
+        work=index.numel() * n * k // 8,
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ import torch
 from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
 from ssmc.lowering.backends.plain import PLAIN
 from ssmc.lowering.fusion import FUSIONS, SPLITS
+from ssmc.lowering.mlp import MLPS
 from ssmc.lowering.steps import POSITION_STEP, STEPS
 
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -27,8 +28,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "int8_causal_conv1d_split",
     ),
     "embedding": ("int8_embedding",),
-    "experts": ("int8_expert_linear",),
+    "experts": ("int8_expert_linear", "int8_expert_linear_sum"),
     "linear": ("int8_linear", "int8_linear_add", "int8_linear_quantize", "int8_linear_split"),
+    "mlp": ("silu_mul_quantize", "softmax_top_k"),
     "norm": (
         "add_rms_norm_quantize",
         "gated_norm_quantize",
@@ -74,6 +76,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "int8_causal_conv1d": FLOATS,
     "int8_causal_conv1d_quantize": STATIC,
     "int8_causal_conv1d_split": DYNAMIC,
+    "int8_expert_linear_sum": FLOATS,
     "int8_selective_scan": FLOATS,
     "int8_ssd_scan": FLOATS,
     "int8_ssd_scan_state": Tolerance(error=1e-3),  # its state is rounded to 16 bits
@@ -81,6 +84,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "rms_norm_quantize": DYNAMIC,
     "rotary_embedding": FLOATS,
     "selective_scan_step": Tolerance(error=1e-3),  # its state may be rounded to 16 bits
+    "silu_mul_quantize": DYNAMIC,
+    "softmax_top_k": FLOATS,
     "ssd_scan_step": PRODUCTS,  # B and C come as floats out of the convolution
 }
 
@@ -110,8 +115,8 @@ def _load() -> Kernels:
 
 COMPILED = CPUBackend(
     "cpu",
-    rules=(FUSIONS, SPLITS),
-    step_rules=(FUSIONS, STEPS, SPLITS, POSITION_STEP),
+    rules=(FUSIONS, MLPS, SPLITS),
+    step_rules=(FUSIONS, MLPS, STEPS, SPLITS, POSITION_STEP),
     tolerances={f"ssmc::{name}": tolerance for name, tolerance in TOLERANCES.items()},
 )
 CPU: Backend = COMPILED if importlib.util.find_spec("numba") is not None else PLAIN
