@@ -18,7 +18,9 @@ def run(
     form: Annotated[
         str,
         typer.Option(
-            "--format", help="hf or compressed-tensors.", autocompletion=completion.FORMATS
+            "--format",
+            help="hf, compressed-tensors, pt2 or aoti.",
+            autocompletion=completion.FORMATS,
         ),
     ] = "hf",
     out: Annotated[

@@ -24,6 +24,10 @@ FORMATS = {
         "transformers with the package compressed-tensors, and vLLM",
         "ssmc.export.compressed_tensors",
     ),
+    "pt2": Format("torch.export.load, once ssmc.ops is imported", "ssmc.export.pt2"),
+    "aoti": Format(
+        "torch._inductor.aoti_load_package, once ssmc.ops is imported", "ssmc.export.aoti"
+    ),
 }
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
-from ssmc.core.graph import BATCH, LENGTH, ROOM
-from ssmc.core.state import StateSpec, fresh_states
+from ssmc.core.exported import export_marked
+from ssmc.core.graph import meta_state
+from ssmc.core.state import StateSpec
 from ssmc.frontend.program import Program, program
-
-_EXAMPLE = {BATCH: 2, LENGTH: 5, ROOM: 7}
 
 
 def export_program(
@@ -25,24 +23,8 @@ def export_program(
     it gives `(result, new_states)`, for any batch size and any length.
     """
     traced = program(module, example_inputs)
-    inputs = [torch.zeros(_example_shape(x), dtype=x.dtype) for x in traced.inputs.values()]
-    states = list(fresh_states(traced.states, _EXAMPLE[BATCH], room=_EXAMPLE[ROOM]).values())
-    dims = {BATCH: Dim("batch", min=1), LENGTH: Dim("length", min=1)}
-    room = Dim("room", min=1)
-    dynamic: list[dict[int, Any]] = [
-        {i: dims[extent] for i, extent in enumerate(x.shape[:2]) if extent in dims}
-        for x in traced.inputs.values()
-    ]
-    dynamic += [{0: dims[BATCH], **({1: room} if s.is_open else {})} for s in traced.states]
-    with torch.no_grad():
-        exported = torch.export.export(
-            _Exportable(traced), (*inputs, *states), dynamic_shapes=(tuple(dynamic),), strict=False
-        )
-    return exported, traced.states
-
-
-def _example_shape(marked: Tensor) -> list[int]:
-    return [_EXAMPLE.get(extent, extent) for extent in marked.shape]
+    operands = (*traced.inputs.values(), *(meta_state(spec) for spec in traced.states))
+    return export_marked(_Exportable(traced), operands), traced.states
 
 
 class _Exportable(nn.Module):

@@ -27,3 +27,8 @@ def blocks(path: Path) -> Iterator[Block]:
     for found in _FENCE.finditer(page):
         line = page.count("\n", 0, found.start()) + 2
         yield Block(found[1], found[2], path, line)
+
+
+def naming(path: Path, word: str) -> Block:
+    """The first block of Python in a file that has a word in it."""
+    return next(b for b in blocks(path) if b.language == "python" and word in b.text)

@@ -44,6 +44,7 @@ QUICK = {
 NEEDS = {
     "cuda": "a GPU",
     "--random-weights": "a GPU",
+    "aoti": "a C++ compiler, and its time: tests/export/test_pt2.py runs it",
     "--tasks": "lm-eval: tests/cli/test_tasks.py runs such",
     "round-a": "the package of the page installed: tests/examples runs it",
     "--install-completion": "a shell of one's own: tests/cli/test_completion.py completes",

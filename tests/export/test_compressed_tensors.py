@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from docs.blocks import ROOT, blocks
+from docs.blocks import ROOT, naming
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -85,7 +85,7 @@ def test_eight_bits_are_the_recipe_simulated(
         expected = (q * scale) @ (stored[name].q * stored[name].scale).T
         assert (y - expected).norm() / expected.norm() < 1e-5, name
     assert difference(made, done) < 0.03  # what the rest of 8 bits and another scale make
-    _, example = (b for b in blocks(ROOT / "docs" / "export.md") if b.language == "python")
+    example = naming(ROOT / "docs" / "export.md", "demo-compressed-tensors")
     (tmp_path / "demo-compressed-tensors").symlink_to(done.out)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}

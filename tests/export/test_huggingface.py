@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from docs.blocks import ROOT, blocks
+from docs.blocks import ROOT, naming
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -133,7 +133,7 @@ def test_the_example_of_the_docs_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    example, _ = (b for b in blocks(ROOT / "docs" / "export.md") if b.language == "python")
+    example = naming(ROOT / "docs" / "export.md", "demo-hf")
     (tmp_path / "demo-hf").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     exec(compile(example.text, example.path, "exec"), {})
