@@ -5,6 +5,8 @@ They overwrite the states of the model, so those have to be its own and used onc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -93,6 +95,17 @@ def _in_proj_conv_call(g: Graph, m: Match, start: int, u_scale: fx.Node) -> fx.N
 
 
 def _selective_scan(g: Graph, m: Match) -> Values | None:
+    return _selective_step(g, m, "ssmc::selective_scan_step", (m.x_proj,))
+
+
+def _normed_selective_scan(g: Graph, m: Match) -> Values | None:
+    if not m.eps == m.B_eps == m.C_eps:
+        return None
+    first = (m.x_proj, m.dt_norm, m.B_norm, m.C_norm, m.eps)
+    return _selective_step(g, m, "ssmc::normed_selective_scan_step", first)
+
+
+def _selective_step(g: Graph, m: Match, name: str, first: tuple[Any, ...]) -> Values | None:
     width, rank = m.A.meta["val"].shape
     state, new_state = _states(g, m)
     sizes = segment_sizes(m.split) or []
@@ -102,8 +115,7 @@ def _selective_scan(g: Graph, m: Match) -> Values | None:
         return None
     dt_proj = (m.dt_w_q, m.dt_w_scale, m.dt_proj_bias, m.dt_scale)
     scan = (m.u_q, m.u_scale, m.A, m.D, m.z_q, m.z_scale, m.dt_bias, state, m.softplus)
-    args = (m.x_proj, *dt_proj, *scan)
-    call = g.call("ssmc::selective_scan_step", *args, like=m.node, suffix="fused")
+    call = g.call(name, *first, *dt_proj, *scan, like=m.node, suffix="fused")
     return results(g, call, (taken(m.node).get(0), new_state))
 
 
@@ -176,15 +188,24 @@ _IN_PROJ = op.int8_linear_quantize(*_NORM, *_WEIGHT, "in_scale", sole_user=True,
 _CONV_INPUT = op.getitem(op.split(_IN_PROJ, label="split"), "index", sole_user=True)
 _CONV = (_CONV_INPUT, "x_scale", "conv_w_q", "conv_w_scale", "conv_bias", "state", "activation")
 
-_DT_PROJ = op.int8_linear_quantize(
-    *_pair(_segment("x_proj", 0)), "dt_w_q", "dt_w_scale", "dt_proj_bias", "dt_out_scale",
-    sole_user=True,
-)  # fmt: skip
-_SELECTIVE_SCAN = op.int8_selective_scan(
-    "u_q", "u_scale", _DT_PROJ, "dt_scale", "A",
-    *_pair(_segment("x_proj", 1)), *_pair(_segment("x_proj", 2)),
-    "D", "z_q", "z_scale", "dt_bias", "state", "softplus", False,
-)  # fmt: skip
+
+def _selective(*pairs: tuple[Pattern, ...]) -> Pattern:
+    """A scan whose step sizes come from dt_proj, from the integers and scales of dt, B and C."""
+    low, B, C = pairs
+    dt_proj = ("dt_w_q", "dt_w_scale", "dt_proj_bias", "dt_out_scale")
+    dt = op.int8_linear_quantize(*low, *dt_proj, sole_user=True)
+    rest = ("D", "z_q", "z_scale", "dt_bias", "state", "softplus", False)
+    return op.int8_selective_scan("u_q", "u_scale", dt, "dt_scale", "A", *B, *C, *rest)
+
+
+def _normed(index: int, weight: str, eps: str) -> tuple[Pattern, ...]:
+    return results_of(op.rms_norm_quantize(_segment("x_proj", index), weight, eps))
+
+
+_SELECTIVE_SCAN = _selective(*(_pair(_segment("x_proj", i)) for i in range(3)))
+_NORMED_SCAN = _selective(
+    _normed(0, "dt_norm", "eps"), _normed(1, "B_norm", "B_eps"), _normed(2, "C_norm", "C_eps")
+)
 _SSD_SCAN = op.int8_ssd_scan(
     "x_q", "x_scale", "dt_q", "dt_scale", "A", *_pair(_group(0, "B_shape")),
     *_pair(_group(1, "C_shape")), "D", "dt_bias", "state", "dt_min", "dt_max", False,
@@ -198,6 +219,8 @@ STEPS: Rules = (
     (op.int8_linear(*_NORM, *_WEIGHT), _norm_linear),
     (op.cache_append("cache", "x", "position"), _append),
 )
+
+NORMED_SCAN: Rules = ((_NORMED_SCAN, _normed_selective_scan),)
 
 POSITION_STEP: Rules = ((op.add("position", op.size("ids", 1, label="tokens")), _position),)
 """The last rule of all: what comes behind its call finds the new count."""

@@ -89,12 +89,47 @@ def selective_scan_step(
     dt_w_q [D, R]; dt_scale [D] or [] is the static scale of dt. Returns (y float32 [B, 1, D], new
     state [B, D, N]).
     """
-    rank = A.shape[1]
-    low, B, C = x_proj.split([x_proj.shape[-1] - 2 * rank, rank, rank], -1)
+    low, B, C = _segments(x_proj, A.shape[1])
     dt_q = int8_linear_quantize(*quantize_dynamic(low), dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
     operands = (u_q, u_scale, dt_q, dt_scale, A, *quantize_dynamic(B), *quantize_dynamic(C))
     y, new = int8_selective_scan(*operands, D, z_q, z_scale, dt_bias, state.float(), softplus)
     return y, new.to(state.dtype)
+
+
+@composite
+def normed_selective_scan_step(
+    x_proj: Tensor,
+    dt_norm: Tensor | None,
+    B_norm: Tensor | None,
+    C_norm: Tensor | None,
+    eps: float,
+    dt_w_q: Tensor,
+    dt_w_scale: Tensor,
+    dt_proj_bias: Tensor | None,
+    dt_scale: Tensor,
+    u_q: Tensor,
+    u_scale: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    z_q: Tensor | None,
+    z_scale: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan_step` whose low-rank dt, B and C each go through `rms_norm` first."""
+    low, B, C = _segments(x_proj, A.shape[1])
+    pair = rms_norm_quantize(low, dt_norm, eps)
+    dt_q = int8_linear_quantize(*pair, dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
+    pairs = (*rms_norm_quantize(B, B_norm, eps), *rms_norm_quantize(C, C_norm, eps))
+    operands = (u_q, u_scale, dt_q, dt_scale, A, *pairs)
+    y, new = int8_selective_scan(*operands, D, z_q, z_scale, dt_bias, state.float(), softplus)
+    return y, new.to(state.dtype)
+
+
+def _segments(x_proj: Tensor, rank: int) -> list[Tensor]:
+    """The low-rank dt, B and C of x_proj [..., R + 2 N]."""
+    return list(x_proj.split([x_proj.shape[-1] - 2 * rank, rank, rank], -1))
 
 
 @composite

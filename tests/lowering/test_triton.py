@@ -22,7 +22,12 @@ from ssmc.runtime.verify import verify
 
 from .rules import RULES, calls
 
-OF_RULES_OF_CPU = {"int8_expert_linear_sum", "position_step", "silu_mul_quantize"}
+OF_RULES_OF_CPU = {
+    "int8_expert_linear_sum",
+    "normed_selective_scan_step",
+    "position_step",
+    "silu_mul_quantize",
+}
 """Fused operators that only rules of the backend `cpu` make."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOWER = """

@@ -204,12 +204,14 @@ def _scan_steps() -> list[tuple[str, Sample]]:
     one, D = torch.tensor(0.01), torch.randn(6)
     dt_proj = (*quantize_weight(torch.randn(6, 2)), None, one)
     u, A, state = _int8(2, 1, 6), -torch.rand(6, 3), torch.randn(2, 6, 3)
-    scan = (torch.randn(2, 1, 8), *dt_proj, u, one, A)
+    scan = (*dt_proj, u, one, A)
+    x_proj, norms = torch.randn(2, 1, 8), (None, torch.rand(3), torch.rand(3), 1e-6)
     x, dt, decay = _int8(2, 1, 4, 3), _int8(2, 1, 4), -torch.rand(4)
     ssd = (x, one, dt, one, decay, torch.randn(2, 1, 28), 2)
     return [
-        ("selective_scan_step", (*scan, D, u, one, D, state, True)),
-        ("selective_scan_step", (*scan, None, None, None, None, state.bfloat16(), False)),
+        ("normed_selective_scan_step", (x_proj, *norms, *scan, D, u, one, None, state, True)),
+        ("selective_scan_step", (x_proj, *scan, D, u, one, D, state, True)),
+        ("selective_scan_step", (x_proj, *scan, None, None, None, None, state.bfloat16(), False)),
         ("ssd_scan_step", (*ssd, None, None, torch.randn(2, 4, 3, 7))),
         ("ssd_scan_step", (*ssd, decay, decay, torch.randn(2, 4, 3, 7), 0.1, 1.0)),
     ]

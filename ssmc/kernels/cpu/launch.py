@@ -173,3 +173,15 @@ def vector(scale: Tensor | None, count: int) -> Tensor | None:
         expanded = scale.reshape(1).expand(count)
         return run_torch(lambda x: x.contiguous(), expanded)
     return contiguous(scale)
+
+
+def widened(state: Tensor) -> Tensor:
+    """A state in float32: itself, or its copy."""
+    return state if state.dtype == torch.float32 else run_torch(lambda x: x.float(), state)
+
+
+def narrowed(new: Tensor, state: Tensor) -> Tensor:
+    """A new state of float32 in the type of `state`."""
+    if state.dtype == torch.float32:
+        return new
+    return run_torch(lambda x: x.to(state.dtype), new)

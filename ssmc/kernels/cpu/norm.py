@@ -66,7 +66,7 @@ def rotate_row(x, block, base, signs, room):
 
 
 @njit
-def _normalise(x, weight, eps, y):
+def normalise(x, weight, eps, y):
     """y = x / rms(x), times the weight at an address (0: none)."""
     factor = _inverse_rms(x, eps)
     if weight:
@@ -92,7 +92,7 @@ def _norm(arguments, thread, threads):
             for i in range(n):
                 sums[i] = added[i] + values[i]
             values = sums
-        _normalise(values, weight, float_of_bits(eps), y)
+        normalise(values, weight, float_of_bits(eps), y)
         scales[row] = quantize_row(y, int8_at(q + row * n, n))
 
 
@@ -115,7 +115,7 @@ def _gated(arguments, thread, threads):
             y[i] = values[i] if norm_first else values[i] * gate[i]
         for start in range(0, n, group):
             part = y[start : start + group]
-            _normalise(part, weight + 4 * start, float_of_bits(eps), part)
+            normalise(part, weight + 4 * start, float_of_bits(eps), part)
         if norm_first:
             for i in range(n):
                 y[i] *= gate[i]

@@ -10,6 +10,7 @@ from ssmc import ops
 from ssmc.errors import UsageError
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, silu, softplus
+from ssmc.kernels.cpu.vectors import ROWS, transpose_block
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, share
 
 WIDTH = 32  # channels at a time
@@ -18,7 +19,7 @@ ZERO = F32(0)
 
 
 @njit
-def _lanes(address, first, n, out):
+def parameters(address, first, n, out):
     """Parameters of channels from `first` on, in lanes; zeros where there are none."""
     out[:] = ZERO
     if address:
@@ -26,8 +27,15 @@ def _lanes(address, first, n, out):
 
 
 @njit
-def _transpose(rows, rank, n, lanes):
+def to_lanes(rows, rank, n, lanes):
     """[n, rank] at an address to [rank, WIDTH], the lanes behind n zero."""
+    if n == WIDTH and rank % ROWS == 0:
+        out = lanes.ctypes.data
+        for i in range(0, WIDTH, ROWS):
+            for s in range(0, rank, ROWS):
+                place = out + 4 * (s * WIDTH + i)
+                transpose_block(place, 4 * WIDTH, rows + 4 * (i * rank + s), 4 * rank)
+        return
     lanes[:] = ZERO
     values = float32_at(rows, n * rank)
     for i in range(n):
@@ -35,8 +43,24 @@ def _transpose(rows, rank, n, lanes):
             lanes[s * WIDTH + i] = values[i * rank + s]
 
 
+@njit
+def from_lanes(lanes, rank, n, rows):
+    """[rank, WIDTH] to [n, rank] at an address."""
+    if n == WIDTH and rank % ROWS == 0:
+        source = lanes.ctypes.data
+        for i in range(0, WIDTH, ROWS):
+            for s in range(0, rank, ROWS):
+                place = source + 4 * (s * WIDTH + i)
+                transpose_block(rows + 4 * (i * rank + s), 4 * rank, place, 4 * WIDTH)
+        return
+    values = float32_at(rows, n * rank)
+    for i in range(n):
+        for s in range(rank):
+            values[i * rank + s] = lanes[s * WIDTH + i]
+
+
 @njit(fastmath={"contract"})
-def _inputs(u, dt, n, u_scale, dt_scale, bias, positive, u_now, dt_now):
+def inputs(u, dt, n, u_scale, dt_scale, bias, positive, u_now, dt_now):
     """A position's u and step sizes of WIDTH channels, those behind n zero in u."""
     integers, sizes = int8_at(u, n), int8_at(dt, n)
     for i in range(n):
@@ -48,7 +72,7 @@ def _inputs(u, dt, n, u_scale, dt_scale, bias, positive, u_now, dt_now):
 
 
 @njit(fastmath={"contract"})
-def _advance(B, B_scale, C, C_scale, u, dt, dt_u, decay, skip, h, y):
+def advance(B, B_scale, C, C_scale, u, dt, dt_u, decay, skip, h, y):
     """h = 2^(dt decay) h + dt u B for each state of WIDTH channels; y = C h + D u."""
     for i in range(WIDTH):
         dt_u[i] = dt[i] * u[i]
@@ -63,7 +87,7 @@ def _advance(B, B_scale, C, C_scale, u, dt, dt_u, decay, skip, h, y):
 
 
 @njit(fastmath={"contract"})
-def _gate(z, scale, y, out):
+def gate(z, scale, y, out):
     """out = y, times silu(z) where there is an address of it."""
     if z:
         gates = int8_at(z, len(out))
@@ -90,32 +114,30 @@ def _scan(arguments, thread, threads):
     for unit in share(batch * blocks, thread, threads):
         sequence, first = unit // blocks, unit % blocks * WIDTH
         n, offset = min(WIDTH, width - first), 4 * (sequence * width + first) * rank
-        _lanes(u_scale, first, n, us)
-        _lanes(dt_scale, first, n, dts)
-        _lanes(z_scale, first, n, zs)
-        _lanes(D, first, n, skip)
-        _lanes(dt_bias, first, n, bias)
-        _transpose(A + 4 * first * rank, rank, n, decay)
+        parameters(u_scale, first, n, us)
+        parameters(dt_scale, first, n, dts)
+        parameters(z_scale, first, n, zs)
+        parameters(D, first, n, skip)
+        parameters(dt_bias, first, n, bias)
+        to_lanes(A + 4 * first * rank, rank, n, decay)
         for i in range(rank * WIDTH):
             decay[i] *= LOG2E
         h[:] = ZERO
         if state:
-            _transpose(state + offset, rank, n, h)
+            to_lanes(state + offset, rank, n, h)
         for step in range(length):
             row = sequence * length + (length - 1 - step if backwards else step)
             u_row, dt_row = u + row * u_apart + first, dt + row * dt_apart + first
-            _inputs(u_row, dt_row, n, us, dts, bias, positive, u_now, dt_now)
+            inputs(u_row, dt_row, n, us, dts, bias, positive, u_now, dt_now)
             b, c = int8_at(B + row * B_apart, rank), int8_at(C + row * C_apart, rank)
-            _advance(b, B_scales[row], c, C_scales[row], u_now, dt_now, dt_u, decay, skip, h, y)
+            advance(b, B_scales[row], c, C_scales[row], u_now, dt_now, dt_u, decay, skip, h, y)
             written = float32_at(out + 4 * (row * width + first), n)
-            _gate(z + row * z_apart + first if z else 0, zs, y, written)
-        last = float32_at(new + offset, n * rank)
-        for i in range(n):
-            for s in range(rank):
-                last[i * rank + s] = h[s * WIDTH + i]
+            gate(z + row * z_apart + first if z else 0, zs, y, written)
+        from_lanes(h, rank, n, new + offset)
 
 
-def _plain(scale: Tensor | None, *allowed: int) -> bool:
+def plain(scale: Tensor | None, *allowed: int) -> bool:
+    """Whether a scale, where there is one, has one of these numbers of values."""
     return scale is None or scale.numel() in allowed
 
 
@@ -138,38 +160,14 @@ def int8_selective_scan(
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As ssmc::int8_selective_scan."""
-    operands = (u_q, u_scale, dt_q, dt_scale, A, B_q, B_scale, C_q, C_scale, D, z_q, z_scale)
-    return scan(*operands, dt_bias, state, softplus, reverse, None)
-
-
-def scan(
-    u_q: Tensor,
-    u_scale: Tensor,
-    dt_q: Tensor,
-    dt_scale: Tensor,
-    A: Tensor,
-    B_q: Tensor,
-    B_scale: Tensor,
-    C_q: Tensor,
-    C_scale: Tensor,
-    D: Tensor | None,
-    z_q: Tensor | None,
-    z_scale: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    new_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`int8_selective_scan` with the memory for the new state, which may be that of the old."""
     if (z_q is None) != (z_scale is None):
         raise UsageError("ssmc::int8_selective_scan: z_q and z_scale come together or not at all")
     batch, length, width = u_q.shape
     rank, tokens = A.shape[1], batch * length
     channels = (u_scale, dt_scale, z_scale)
     given = (u_q, u_scale, dt_q, dt_scale, A, B_q, B_scale, C_q, C_scale, D, z_q, z_scale)
-    by_token = all(_plain(s, 1) or s.shape[-1] == 1 for s in (B_scale, C_scale))
-    if not by_token or not all(_plain(s, 1, width) for s in channels):
+    by_token = all(plain(s, 1) or s.shape[-1] == 1 for s in (B_scale, C_scale))
+    if not by_token or not all(plain(s, 1, width) for s in channels):
         return run_torch(ops.int8_selective_scan, *given, dt_bias, state, softplus, reverse)
     u, _, u_apart = rows(u_q)
     dt, _, dt_apart = rows(dt_q)
@@ -177,7 +175,7 @@ def scan(
     C, _, C_apart = rows(C_q)
     z, _, z_apart = (None, 0, 0) if z_q is None else rows(z_q)
     y = empty((batch, length, width))
-    new = empty((batch, width, rank)) if new_state is None else new_state
+    new = empty((batch, width, rank))
     launch(
         _scan, u, u_apart, vector(u_scale, width), dt, dt_apart, vector(dt_scale, width),
         contiguous(A), B, B_apart, vector(B_scale, tokens), C, C_apart, vector(C_scale, tokens), D,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ssmc.kernels.cpu.conv1d import convolve
-from ssmc.kernels.cpu.launch import run_torch
+from ssmc.kernels.cpu.launch import narrowed, widened
 from ssmc.kernels.cpu.linear import int8_linear, int8_linear_quantize
 from ssmc.kernels.cpu.norm import rms_norm_quantize
-from ssmc.kernels.cpu.quantize import quantize_dynamic, quantize_segments
-from ssmc.kernels.cpu.selective_scan import scan as selective_scan
+from ssmc.kernels.cpu.quantize import quantize_dynamic
 from ssmc.kernels.cpu.ssd_scan import scan as ssd_scan
 
 
@@ -51,34 +49,6 @@ def in_proj_conv_step(
     return q, *convolve(*given, u_scale.reshape(-1), state_q)
 
 
-def selective_scan_step(
-    x_proj: Tensor,
-    dt_w_q: Tensor,
-    dt_w_scale: Tensor,
-    dt_proj_bias: Tensor | None,
-    dt_scale: Tensor,
-    u_q: Tensor,
-    u_scale: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    z_q: Tensor | None,
-    z_scale: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor,
-    softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """As ssmc::selective_scan_step; the new state is written over `state` where that is float32."""
-    rank = A.shape[1]
-    sizes = [x_proj.shape[-1] - 2 * rank, rank, rank]
-    low, low_scale, *B_and_C = quantize_segments(x_proj, sizes)
-    dt_q = int8_linear_quantize(low, low_scale, dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
-    wide = _widened(state)
-    B, B_scale, C, C_scale = B_and_C
-    operands = (u_q, u_scale, dt_q, dt_scale, A, B, B_scale, C, C_scale, D, z_q, z_scale)
-    y, new = selective_scan(*operands, dt_bias, wide, softplus, False, wide)
-    return y, _narrowed(new, state)
-
-
 def ssd_scan_step(
     x_q: Tensor,
     x_scale: Tensor,
@@ -95,10 +65,10 @@ def ssd_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """As ssmc::ssd_scan_step; the new state is written over `state` where that is float32."""
     B, C = (part.unflatten(-1, (groups, -1)) for part in BC.chunk(2, -1))
-    wide = _widened(state)
+    wide = widened(state)
     operands = (x_q, x_scale, dt_q, dt_scale, A, *quantize_dynamic(B), *quantize_dynamic(C))
     y, new = ssd_scan(*operands, D, dt_bias, wide, dt_min, dt_max, False, wide)
-    return y, _narrowed(new, state)
+    return y, narrowed(new, state)
 
 
 def int8_ssd_scan_state(
@@ -120,15 +90,5 @@ def int8_ssd_scan_state(
 ) -> tuple[Tensor, Tensor]:
     """As ssmc::int8_ssd_scan_state."""
     operands = (x_q, x_scale, dt_q, dt_scale, A, B_q, B_scale, C_q, C_scale, D, dt_bias)
-    y, new = ssd_scan(*operands, _widened(state), dt_min, dt_max, reverse, None)
-    return y, _narrowed(new, state)
-
-
-def _widened(state: Tensor) -> Tensor:
-    return state if state.dtype == torch.float32 else run_torch(lambda x: x.float(), state)
-
-
-def _narrowed(new: Tensor, state: Tensor) -> Tensor:
-    if state.dtype == torch.float32:
-        return new
-    return run_torch(lambda x: x.to(state.dtype), new)
+    y, new = ssd_scan(*operands, widened(state), dt_min, dt_max, reverse, None)
+    return y, narrowed(new, state)

@@ -17,7 +17,7 @@ from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
 from ssmc.lowering.backends.plain import PLAIN
 from ssmc.lowering.fusion import FUSIONS, SPLITS
 from ssmc.lowering.mlp import MLPS
-from ssmc.lowering.steps import POSITION_STEP, STEPS
+from ssmc.lowering.steps import NORMED_SCAN, POSITION_STEP, STEPS
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "int8_attention"),
@@ -40,13 +40,13 @@ KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "quantize": ("quantize", "quantize_dynamic"),
     "rotary": ("rotary_embedding",),
+    "scan_step": ("normed_selective_scan_step", "selective_scan_step"),
     "selective_scan": ("int8_selective_scan",),
     "ssd_scan": ("int8_ssd_scan",),
     "steps": (
         "in_proj_conv_step",
         "int8_ssd_scan_state",
         "norm_linear_step",
-        "selective_scan_step",
         "ssd_scan_step",
     ),
 }
@@ -81,6 +81,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "int8_ssd_scan": FLOATS,
     "int8_ssd_scan_state": Tolerance(error=1e-3),  # its state is rounded to 16 bits
     "norm_linear_step": PRODUCTS,
+    "normed_selective_scan_step": PRODUCTS,
     "rms_norm_quantize": DYNAMIC,
     "rotary_embedding": FLOATS,
     "selective_scan_step": Tolerance(error=1e-3),  # its state may be rounded to 16 bits
@@ -116,7 +117,7 @@ def _load() -> Kernels:
 COMPILED = CPUBackend(
     "cpu",
     rules=(FUSIONS, MLPS, SPLITS),
-    step_rules=(FUSIONS, MLPS, STEPS, SPLITS, POSITION_STEP),
+    step_rules=(FUSIONS, MLPS, NORMED_SCAN, STEPS, SPLITS, POSITION_STEP),
     tolerances={f"ssmc::{name}": tolerance for name, tolerance in TOLERANCES.items()},
 )
 CPU: Backend = COMPILED if importlib.util.find_spec("numba") is not None else PLAIN
