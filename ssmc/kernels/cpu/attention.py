@@ -15,11 +15,19 @@ from torch import Tensor
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
 from ssmc.kernels.cpu.numbers import LOG2E, exp2
-from ssmc.kernels.cpu.vectors import ROWS, float32_rows_dot, int8_rows_dot
+from ssmc.kernels.cpu.vectors import (
+    ROWS,
+    float32_rows_dot,
+    float32_rows_sum,
+    float32_rows_sum_64,
+    int8_rows_dot,
+    int8_rows_sum,
+    int8_rows_sum_64,
+)
 from ssmc.kernels.cpu.words import (
     arguments_at,
     float32_at,
-    float_of_bfloat16,
+    float32_of_bits,
     float_of_bits,
     int8_at,
     int16_at,
@@ -43,7 +51,7 @@ def _scales(address, wide, apart, count, out):
     else:
         halves = int16_at(address, (count - 1) * apart + 1)
         for i in range(count):
-            out[i] = float_of_bfloat16(halves[i * apart])
+            out[i] = float32_of_bits(np.int32(halves[i * apart] << 16))
 
 
 @njit(fastmath={"contract", "reassoc"})
@@ -91,42 +99,35 @@ def _softmax(scores, scale):
 
 
 @njit(fastmath={"contract"})
-def _add_rows(y, w, a, b, c, d):
-    for i in range(len(y)):
-        y[i] += w[0] * a[i] + w[1] * b[i] + w[2] * c[i] + w[3] * d[i]
-
-
-@njit(fastmath={"contract"})
-def _add_row(y, w, a):
-    for i in range(len(y)):
-        y[i] += w * F32(a[i])
-
-
-@njit(fastmath={"contract"})
 def _float32_sum(weights, rows, apart, y):
-    """y += the sum of rows of float32 times their weights."""
-    whole, n = len(weights) // 4 * 4, len(y)
-    for t in range(0, whole, 4):
-        at = rows + 4 * t * apart
-        a, b = float32_at(at, n), float32_at(at + 4 * apart, n)
-        c, d = float32_at(at + 8 * apart, n), float32_at(at + 12 * apart, n)
-        _add_rows(y, weights[t : t + 4], a, b, c, d)
-    for t in range(whole, len(weights)):
-        _add_row(y, weights[t], float32_at(rows + 4 * t * apart, n))
+    """y = the sum of rows of float32, `apart` elements from one another, times their weights."""
+    n, out, w, stride, count = len(y), y.ctypes.data, weights.ctypes.data, 4 * apart, len(weights)
+    wide, whole = n // 64 * 64, n // 16 * 16
+    for first in range(0, wide, 64):
+        float32_rows_sum_64(out + 4 * first, w, rows + 4 * first, stride, count)
+    for first in range(wide, whole, 16):
+        float32_rows_sum(out + 4 * first, w, rows + 4 * first, stride, count)
+    y[whole:] = ZERO
+    for t in range(count if whole < n else 0):
+        row = float32_at(rows + stride * t, n)
+        for i in range(whole, n):
+            y[i] += weights[t] * row[i]
 
 
 @njit(fastmath={"contract"})
 def _int8_sum(weights, rows, apart, y):
     """`_float32_sum` of rows of int8."""
-    whole, n = len(weights) // 4 * 4, len(y)
-    for t in range(0, whole, 4):
-        at, w = rows + t * apart, weights[t : t + 4]
-        a, b = int8_at(at, n), int8_at(at + apart, n)
-        c, d = int8_at(at + 2 * apart, n), int8_at(at + 3 * apart, n)
-        for i in range(n):
-            y[i] += w[0] * F32(a[i]) + w[1] * F32(b[i]) + w[2] * F32(c[i]) + w[3] * F32(d[i])
-    for t in range(whole, len(weights)):
-        _add_row(y, weights[t], int8_at(rows + t * apart, n))
+    n, out, w, count = len(y), y.ctypes.data, weights.ctypes.data, len(weights)
+    wide, whole = n // 64 * 64, n // 16 * 16
+    for first in range(0, wide, 64):
+        int8_rows_sum_64(out + 4 * first, w, rows + first, apart, count)
+    for first in range(wide, whole, 16):
+        int8_rows_sum(out + 4 * first, w, rows + first, apart, count)
+    y[whole:] = ZERO
+    for t in range(count if whole < n else 0):
+        row = int8_at(rows + apart * t, n)
+        for i in range(whole, n):
+            y[i] += weights[t] * F32(row[i])
 
 
 @kernel()
@@ -143,7 +144,6 @@ def _attention(arguments, thread, threads):
         seen = min(room, starts[sequence] + token % length + 1)
         first, found = sequence * room * groups + group, scores[:seen]
         y = float32_at(out + 4 * unit * out_n, out_n)
-        y[:] = ZERO
         if k_scale:
             _int8_dots(q + 4 * unit * n, n, k + first * n, groups * n, seen, scores.ctypes.data)
             size = 4 if wide else 2

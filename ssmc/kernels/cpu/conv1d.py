@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, vector
 from ssmc.kernels.cpu.numbers import silu
 from ssmc.kernels.cpu.quantize import quantize_dynamic
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, share, to_int8
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, int32_at, share, to_int8
 from ssmc.ops.conv import activate, check_conv
 
 ONE = np.float32(1)
@@ -58,13 +58,29 @@ def _keep_last(x, apart, state, width, taps, length, n, new):
 def _parameters(first, n, taps, x_scale, w, w_scale, bias, weight, scale, shift):
     """The channels' weights, scales and biases, laid out for loops over channels."""
     xs, ws = float32_at(x_scale + 4 * first, n), float32_at(w_scale + 4 * first, n)
-    rows = int8_at(w + first * taps, n * taps)
     for i in range(n):
         scale[i] = np.float64(xs[i]) * np.float64(ws[i])
+    _by_tap(w + first * taps, n, taps, weight)
+    if bias:
+        shifts = float32_at(bias + 4 * first, n)
+        for i in range(n):
+            shift[i] = shifts[i]
+
+
+@njit
+def _by_tap(w, n, taps, weight):
+    """int8 [n, taps] at an address to int32 [taps, n]; four taps are the bytes of a word."""
+    if taps == 4:
+        words = int32_at(w, n)
+        for k in range(taps):
+            row, left = weight[k], 24 - 8 * k
+            for i in range(n):
+                row[i] = np.int32(words[i] << left) >> 24
+        return
+    rows = int8_at(w, n * taps)
+    for i in range(n):
         for k in range(taps):
             weight[k, i] = rows[i * taps + k]
-    if bias:
-        shift[:n] = float32_at(bias + 4 * first, n)
 
 
 @njit(fastmath={"contract"})

@@ -33,7 +33,8 @@ def _blocks(count, size, thread, threads):
 
 
 @njit
-def _add(values, y):
+def add(values, y):
+    """y += values."""
     for i in range(len(values)):
         y[i] += values[i]
 
@@ -47,9 +48,9 @@ def _finish(sums, count, first, row, a):
     for i in range(count):
         y[i] = np.float32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
     if bias:
-        _add(float32_at(bias + 4 * first, count), y)
+        add(float32_at(bias + 4 * first, count), y)
     if residual:
-        _add(float32_at(residual + 4 * (row * apart + first), count), y)
+        add(float32_at(residual + 4 * (row * apart + first), count), y)
     if out_scale:
         scales, q = float32_at(out_scale + 4 * first, count), int8_at(out + row * n + first, count)
         for i in range(count):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, vector
 from ssmc.kernels.cpu.numbers import silu
 from ssmc.kernels.cpu.quantize import quantize_row
+from ssmc.kernels.cpu.vectors import ROWS, butterflies, float32_rows_sum, float32_rows_sum_32
 from ssmc.kernels.cpu.words import arguments_at, float32_at, float_of_bits, int8_at, share
 from ssmc.quant.rotation import base_factor, check_block
 
@@ -27,10 +28,13 @@ def _inverse_rms(x, eps):
 
 
 @njit
-def _butterfly(x):
-    """Walsh-Hadamard transform of x, whose length is a power of two."""
+def _butterfly(x, width):
+    """Walsh-Hadamard transform of each `width`, a power of two, of x."""
     half = 1
-    while half < len(x):
+    if width >= ROWS:
+        butterflies(x.ctypes.data, len(x) // ROWS)
+        half = ROWS
+    while half < width:
         for start in range(0, len(x), 2 * half):
             upper, lower = x[start : start + half], x[start + half : start + 2 * half]
             for i in range(half):
@@ -40,29 +44,36 @@ def _butterfly(x):
 
 
 @njit
+def _mix(whole, width, base, signs, room):
+    """room = the parts of `whole`, of `width` each, summed with each row of signs [base, base]."""
+    wide, blocked, parts = width // 32 * 32, width // 16 * 16, whole.ctypes.data
+    for i in range(base):
+        row = room[i * width : (i + 1) * width]
+        weights, out = signs[i * base :].ctypes.data, row.ctypes.data
+        for c in range(0, wide, 32):
+            float32_rows_sum_32(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
+        for c in range(wide, blocked, 16):
+            float32_rows_sum(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
+        for c in range(blocked, width):
+            row[c] = ZERO
+            for j in range(base):
+                row[c] += signs[i * base + j] * whole[j * width + c]
+
+
+@njit
 def rotate_row(x, block, base, signs, room):
     """H x / sqrt(block) for each block of x, in place.
 
     signs is the Paley matrix [base, base] of +-1, `room` as long as a block.
     """
     factor, width = np.float32(1 / math.sqrt(block)), block // base
+    _butterfly(x, width)
     for start in range(0, len(x), block):
-        for j in range(base):
-            _butterfly(x[start + j * width : start + (j + 1) * width])
         whole = x[start : start + block]
-        if base == 1:
-            for i in range(block):
-                whole[i] *= factor
-            continue
-        for i in range(base):
-            row = room[i * width : (i + 1) * width]
-            row[:] = ZERO
-            for j in range(base):
-                sign, part = signs[i * base + j], whole[j * width : (j + 1) * width]
-                for c in range(width):
-                    row[c] += sign * part[c]
+        if base > 1:
+            _mix(whole, width, base, signs, room)
         for i in range(block):
-            whole[i] = room[i] * factor
+            whole[i] = (whole[i] if base == 1 else room[i]) * factor
 
 
 @njit

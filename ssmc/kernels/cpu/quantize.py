@@ -9,26 +9,41 @@ from torch import Tensor
 
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, scale_for, share, to_int8
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    float32_of_bits,
+    int8_at,
+    int32_at,
+    scale_for,
+    share,
+    to_int8,
+)
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ONE = np.float32(1)
+MAGNITUDE = np.int32(0x7FFFFFFF)
+
+
+@njit
+def _largest(x):
+    """The largest magnitude: that whose bits without a sign are the largest integer."""
+    words, largest = int32_at(x.ctypes.data, len(x)), np.int32(0)
+    for i in range(len(words)):
+        largest = max(largest, words[i] & MAGNITUDE)
+    return float32_of_bits(largest)
 
 
 @njit
 def quantize_row(x, q):
     """Round x float32 [n] to q int8 [n]; the scale."""
-    largest = ZERO
-    for i in range(len(x)):
-        magnitude = abs(x[i])
-        largest = magnitude if magnitude > largest else largest
-    scale = scale_for(largest)
+    scale = scale_for(_largest(x))
     inverse = ONE / scale
     for i in range(len(x)):
         q[i] = to_int8(x[i], inverse)
     return scale
 
 
-@kernel("nnan", "reassoc")
+@kernel()
 def _segment(arguments, thread, threads):
     x, stride, count, n, q, scale = arguments_at(arguments, 6)
     scales = float32_at(scale, count)

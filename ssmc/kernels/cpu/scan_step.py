@@ -22,7 +22,7 @@ from ssmc.kernels.cpu.launch import (
     vector,
     widened,
 )
-from ssmc.kernels.cpu.linear import copy_rows
+from ssmc.kernels.cpu.linear import add, copy_rows
 from ssmc.kernels.cpu.norm import normalise
 from ssmc.kernels.cpu.numbers import LOG2E
 from ssmc.kernels.cpu.products import rows_product
@@ -62,23 +62,25 @@ def _round(x, n, normed, weight, eps, room, q):
 
 
 @njit
-def _step_sizes(low, scale, w, w_scale, bias, out_scale, rank, first, n, width, room, q):
+def _step_sizes(low, scale, w, w_scale, bias, out_scale, rank, first, n, width, room, sums, y, q):
     """dt_proj of n channels from `first` on, rounded to q; low int8 [64 blocks]."""
     blocks = (rank + 63) // 64
-    wide, sums = blocks * 64, np.empty(ROWS, np.int32)
+    wide, factor = blocks * 64, np.float64(scale)
     for begin in range(first, first + n, ROWS):
         count, source, apart = min(ROWS, first + n - begin), w + begin * rank, rank
         if (begin + count - 1) * rank + wide > width * rank:  # it would be read beyond its end
             copy_rows(source, rank, count, rank, room.ctypes.data, wide)
             source, apart = room.ctypes.data, wide
         rows_product(sums.ctypes.data, low.ctypes.data, source, apart, count, blocks)
-        factors, scales = float32_at(w_scale + 4 * begin, count), float32_at(out_scale, width)
+        rounded = q[begin - first : begin - first + count]
+        factors = float32_at(w_scale + 4 * begin, count)
         for i in range(count):
-            y = F32(np.float64(sums[i]) * (np.float64(scale) * np.float64(factors[i])))
-            if bias:
-                y += float32_at(bias + 4 * begin, count)[i]
-            q[begin - first + i] = to_int8(y, ONE / scales[begin + i])
-    keep(sums)
+            y[i] = F32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
+        if bias:
+            add(float32_at(bias + 4 * begin, count), y)
+        scales = float32_at(out_scale + 4 * begin, count)
+        for i in range(count):
+            rounded[i] = to_int8(y[i], ONE / scales[i])
 
 
 @kernel()
@@ -102,6 +104,7 @@ def _step(arguments, thread, threads):
     )
     us, dts, zs, skip, shift = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
     u_now, dt_now, dt_u, y = lanes[5], lanes[6], lanes[7], lanes[8]
+    sums, sizes = np.empty(ROWS, np.int32), np.empty(ROWS, F32)
     done, low_scale, b_scale, c_scale = -1, ONE, ONE, ONE
     for unit in share(batch * blocks, thread, threads):
         sequence, first = unit // blocks, unit % blocks * WIDTH
@@ -112,7 +115,10 @@ def _step(arguments, thread, threads):
             b_scale = _round(row + 4 * low_n, rank, normed, B_norm, least, room, B)
             c_scale = _round(row + 4 * (low_n + rank), rank, normed, C_norm, least, room, C)
             done = sequence
-        _step_sizes(low, low_scale, w, w_scale, bias, dt_scale, low_n, first, n, width, padded, dt)
+        _step_sizes(
+            low, low_scale, w, w_scale, bias, dt_scale, low_n, first, n, width, padded, sums, sizes,
+            dt,
+        )  # fmt: skip
         parameters(u_scale, first, n, us)
         parameters(dt_scale, first, n, dts)
         parameters(z_scale, first, n, zs)
@@ -131,6 +137,7 @@ def _step(arguments, thread, threads):
     keep(low)
     keep(padded)
     keep(dt)
+    keep(sums)
 
 
 def selective_scan_step(

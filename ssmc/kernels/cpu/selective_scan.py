@@ -21,9 +21,12 @@ ZERO = F32(0)
 @njit
 def parameters(address, first, n, out):
     """Parameters of channels from `first` on, in lanes; zeros where there are none."""
-    out[:] = ZERO
-    if address:
-        out[:n] = float32_at(address + 4 * first, n)
+    count = n if address else 0
+    values = float32_at(address + 4 * first, count)
+    for i in range(count):
+        out[i] = values[i]
+    for i in range(count, WIDTH):
+        out[i] = ZERO
 
 
 @njit

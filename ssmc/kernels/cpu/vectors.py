@@ -80,12 +80,13 @@ def transpose_block(typing_context, out, out_stride, x, x_stride):
     return types.void(*[types.int64] * 4), generate
 
 
+def _widened(builder: Any, address: Any, kind: Any) -> Any:
+    row = load(builder, address, ir.VectorType(kind, 16))
+    return row if kind is F32 else builder.sitofp(row, FLOATS)
+
+
 def _rows_dot(kind: Any, size: int) -> Any:
     """An intrinsic: products of rows of `kind`, a number of `size` bytes, with one of float32."""
-
-    def widened(builder: Any, address: Any) -> Any:
-        row = load(builder, address, ir.VectorType(kind, 16))
-        return row if kind is F32 else builder.sitofp(row, FLOATS)
 
     @intrinsic
     def rows_dot(typing_context, out, x, rows, stride, count, blocks):
@@ -99,7 +100,7 @@ def _rows_dot(kind: Any, size: int) -> Any:
                 offset = builder.mul(index, integer(16 * size))
                 new = []
                 for base, total in zip(bases, totals, strict=True):
-                    row = widened(builder, builder.add(base, offset))
+                    row = _widened(builder, builder.add(base, offset), kind)
                     new.append(builder.call(fused, [row, values, total]))
                 return new
 
@@ -126,3 +127,71 @@ Rows are `stride` bytes apart; there are `count` of them, and what is behind the
 """
 int8_rows_dot = _rows_dot(I8, 1)
 """`float32_rows_dot` of rows of int8."""
+
+
+@intrinsic
+def butterflies(typing_context, x, blocks):
+    """The first four stages of a Walsh-Hadamard transform: each 16 of float32 [16 blocks]."""
+
+    def generate(context, builder, signature, arguments):
+        x, blocks = arguments
+
+        def step(index: Any, _: list[Any]) -> list[Any]:
+            place = builder.add(x, builder.mul(index, integer(64)))
+            values = load(builder, place, FLOATS)
+            for distance in (1, 2, 4, 8):
+                mask = ir.Constant(WORDS, [i ^ distance for i in range(16)])
+                signs = ir.Constant(FLOATS, [-1.0 if i & distance else 1.0 for i in range(16)])
+                other = builder.shuffle_vector(values, values, mask)
+                values = builder.fadd(other, builder.fmul(values, signs))
+            store(builder, values, place)
+            return []
+
+        for_loop(builder, blocks, [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), generate
+
+
+def _rows_sum(kind: Any, size: int, registers: int) -> Any:
+    """An intrinsic: the sum of rows of `kind`, a number of `size` bytes, times float32 weights."""
+
+    @intrinsic
+    def rows_sum(typing_context, out, weights, rows, stride, count):
+        def generate(context, builder, signature, arguments):
+            out, weights, rows, stride, count = arguments
+            fused, every = _multiply_add(builder), ir.Constant(WORDS, [0] * 16)
+
+            def step(index: Any, totals: list[Any]) -> list[Any]:
+                place = builder.add(weights, builder.mul(index, integer(4)))
+                single = builder.bitcast(load(builder, place, F32), ir.VectorType(F32, 1))
+                weight = builder.shuffle_vector(single, single, every)
+                row = builder.add(rows, builder.mul(index, stride))
+                parts = (builder.add(row, integer(16 * size * i)) for i in range(registers))
+                values = [_widened(builder, part, kind) for part in parts]
+                pairs_of = zip(values, totals, strict=True)
+                return [builder.call(fused, [value, weight, total]) for value, total in pairs_of]
+
+            zeros = [ir.Constant(FLOATS, [0.0] * 16)] * registers
+            for i, total in enumerate(for_loop(builder, count, zeros, step)):
+                store(builder, total, builder.add(out, integer(64 * i)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return rows_sum
+
+
+float32_rows_sum = _rows_sum(F32, 4, 1)
+"""float32 [16] at `out`: the sum of 16 columns of `count` rows of float32 times their weights.
+
+Rows are `stride` bytes apart. They are added in their order.
+"""
+float32_rows_sum_32 = _rows_sum(F32, 4, 2)
+"""`float32_rows_sum` of 32 columns."""
+float32_rows_sum_64 = _rows_sum(F32, 4, 4)
+"""`float32_rows_sum` of 64 columns."""
+int8_rows_sum = _rows_sum(I8, 1, 1)
+"""`float32_rows_sum` of rows of int8."""
+int8_rows_sum_64 = _rows_sum(I8, 1, 4)
+"""`int8_rows_sum` of 64 columns."""

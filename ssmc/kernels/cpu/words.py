@@ -155,14 +155,13 @@ def scale_for(typing_context, absmax):
 
 
 @intrinsic
-def float_of_bfloat16(typing_context, bits):
-    """The float32 of the bfloat16 whose bits an int16 has."""
+def float32_of_bits(typing_context, bits):
+    """The float32 whose bits an int32 has."""
 
     def generate(context, builder, signature, arguments):
-        wide = builder.shl(builder.zext(arguments[0], I32), ir.Constant(I32, 16))
-        return builder.bitcast(wide, F32)
+        return builder.bitcast(arguments[0], F32)
 
-    return types.float32(types.int16), generate
+    return types.float32(types.int32), generate
 
 
 @intrinsic
