@@ -157,11 +157,11 @@ def selective_scan_step(
     softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """As ssmc::selective_scan_step; the new state is written over `state` where that is float32."""
-    rest = (u_q, u_scale, A, D, z_q, z_scale, dt_bias, state, softplus)
     linear = (dt_w_q, dt_w_scale, dt_proj_bias, dt_scale)
+    rest = (*linear, u_q, u_scale, A, D, z_q, z_scale, dt_bias, state, softplus)
     if not _fits(dt_w_q, u_scale, z_q, z_scale, state):
-        return run_torch(ops.selective_scan_step, x_proj, *linear, *rest)
-    return _launch(x_proj, None, 0.0, *linear, *rest)
+        return run_torch(ops.selective_scan_step, x_proj, *rest)
+    return _launch(x_proj, None, 0.0, *rest)
 
 
 def normed_selective_scan_step(
@@ -185,11 +185,11 @@ def normed_selective_scan_step(
     softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """As ssmc::normed_selective_scan_step; states as in `selective_scan_step`."""
-    rest = (u_q, u_scale, A, D, z_q, z_scale, dt_bias, state, softplus)
     linear, norms = (dt_w_q, dt_w_scale, dt_proj_bias, dt_scale), (dt_norm, B_norm, C_norm)
+    rest = (*linear, u_q, u_scale, A, D, z_q, z_scale, dt_bias, state, softplus)
     if not _fits(dt_w_q, u_scale, z_q, z_scale, state):
-        return run_torch(ops.normed_selective_scan_step, x_proj, *norms, eps, *linear, *rest)
-    return _launch(x_proj, norms, eps, *linear, *rest)
+        return run_torch(ops.normed_selective_scan_step, x_proj, *norms, eps, *rest)
+    return _launch(x_proj, norms, eps, *rest)
 
 
 def _fits(
