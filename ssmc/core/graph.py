@@ -302,12 +302,21 @@ class _Watcher(fx.Interpreter):
         return super().run(*args, **kwargs)
 
     def fetch_attr(self, target: str) -> Any:
-        return super().fetch_attr(target).to(self.device)
+        return fetch(super().fetch_attr(target), self.device)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         self.seen(n, value)
         return value
+
+
+def fetch(value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A tensor where it is needed: from the host's memory by way of pages that a GPU can read."""
+    if device is None or value.device == device:
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def is_call(value: Any, *names: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import fx
 
 from ssmc.core.dialect import is_legal, target_name
@@ -45,8 +47,10 @@ def _problem(node: fx.Node, stage: str) -> str | None:
     return None
 
 
-def check_tensors(g: Graph) -> None:
-    """Raise NumericsError naming the first parameter that holds NaN or infinity."""
+def check_tensors(g: Graph, names: Container[str] | None = None) -> None:
+    """Raise NumericsError naming the first parameter (of those named) with NaN or infinity."""
     for node in g.nodes:
-        if node.op == "get_attr" and g.param(node).device.type != "meta":
+        if node.op != "get_attr" or (names is not None and node.target not in names):
+            continue
+        if g.param(node).device.type != "meta":
             check_finite(node, g.param(node))

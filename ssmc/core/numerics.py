@@ -87,34 +87,45 @@ def operator_numerics(
     quantising this operator adds. `output` is that with all errors that came before as well.
     """
     exact: dict[str, Any] = {}
-    reference.watch(lambda node, value: exact.update({node.name: _kept(reference, value)}), *inputs)
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.op == "call_function":
+            exact[node.name] = _kept(reference, value)
+
+    reference.watch(keep, *inputs)
     found = compare_values(g, reference, set(operators), inputs)
     given = dict(zip(g.inputs, inputs, strict=True))
     given |= fresh_states(g.states, len(inputs[0]), inputs[0].device)
     rows = []
     for name, address in operators.items():
         alone = _alone(g, g.node(name), exact, given)
-        ratio = signal_to_noise(first_result(alone), first_result(exact[name]))
+        ratio = signal_to_noise(first_result(alone).cpu(), first_result(exact[name]))
         own = ratio if math.isfinite(ratio) else EQUAL
         rows.append({"operator": address, "own": own, "output": found[name]})
     return sorted(rows, key=lambda row: row["own"])
 
 
 def _kept(g: Graph, value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(_kept(g, part) for part in value)
-    return g.keep(value) if isinstance(value, torch.Tensor) else value
+    """A value of `g` in the host's memory, or in a file where that is short, too."""
+    return fx.node.map_aggregate(
+        value, lambda v: g.keep(v.cpu()) if isinstance(v, torch.Tensor) else v
+    )
 
 
 def _alone(g: Graph, node: fx.Node, exact: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """The value of a call of `g`, made of values that are exact where the reference has them."""
+    device = next(iter(given.values())).device
 
     def value(operand: fx.Node) -> Any:
         if operand.op == "get_attr":
             return g.param(operand)
         if operand.op == "placeholder":
             return given[operand.name]
-        return exact[operand.name] if operand.name in exact else _alone(g, operand, exact, given)
+        if operand.name not in exact:
+            return _alone(g, operand, exact, given)
+        return fx.node.map_aggregate(
+            exact[operand.name], lambda v: v.to(device) if isinstance(v, torch.Tensor) else v
+        )
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     return node.target(*args, **kwargs)  # type: ignore[operator]

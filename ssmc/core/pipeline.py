@@ -48,13 +48,14 @@ def run_passes(
     report = Report()
     check_tensors(g)
     check_passes(g, plan)
+    result: torch.Tensor | None = None
     for number, p in enumerate(plan, len(before)):
         text = graph_text(g)
         context.log = Log(context.journal, f"{number} {p}")
         on_start(p)
         try:
             with _named(p):
-                record = run_pass(g, p, context)
+                record, result = run_pass(g, p, context, result)
         except SsmcError:
             raise
         except Exception as error:
@@ -84,21 +85,33 @@ def _named(p: Pass) -> Iterator[None]:
         raise
 
 
-def run_pass(g: Graph, p: Pass, context: Context) -> Record:
-    """Run one pass with all the checks around it."""
+def run_pass(
+    g: Graph, p: Pass, context: Context, expected: torch.Tensor | None = None
+) -> tuple[Record, torch.Tensor | None]:
+    """Run one pass with all the checks around it.
+
+    `expected` is the probe's result before it, where that is known; its result behind it is
+    returned beside the record, if it was needed.
+    """
     record = Record(p.name, p.stage, p.options(), limit=p.exact_to)
     _analyse(g, p, context)
-    before, expected = Snapshot.of(g), _probe(g, p, context)
+    probed = p.stage != "analyse" and context.probe is not None
+    if probed and expected is None:
+        expected = _result(g, context)
+    before = Snapshot.of(g)
     g.matched, g.skipped, g.notes = record.matched, record.skipped, record.notes
     start = time.perf_counter()
     apply_pass(g, p, context)
     record.seconds = time.perf_counter() - start
     record.diff = difference(before, Snapshot.of(g))
-    if p.stage != "analyse":
-        record.error = _parity(g, p, context, expected)
+    if probed and expected is not None:
+        check_tensors(g, record.diff.params)
+        found = _result(g, context)
+        record.error = _parity(p, found, expected)
+        expected = found
     if not (record.matched or record.skipped or record.diff):
         record.notes.append("the model has nothing for it")
-    return record
+    return record, expected
 
 
 def apply_pass(g: Graph, p: Pass, context: Context) -> None:
@@ -127,12 +140,6 @@ def _invalidate(g: Graph, p: Pass) -> None:
             del g.facts[name]
 
 
-def _probe(g: Graph, p: Pass, context: Context) -> torch.Tensor | None:
-    if p.stage == "analyse" or context.probe is None:
-        return None
-    return _result(g, context)
-
-
 def _result(g: Graph, context: Context) -> torch.Tensor:
     result, _ = g(*context.probe)  # type: ignore[misc]
     first = result[0] if isinstance(result, tuple) else result
@@ -141,11 +148,8 @@ def _result(g: Graph, context: Context) -> torch.Tensor:
     return first.float()
 
 
-def _parity(g: Graph, p: Pass, context: Context, expected: torch.Tensor | None) -> float | None:
-    if expected is None:
-        return None
-    check_tensors(g)
-    error = relative_error(_result(g, context), expected)
+def _parity(p: Pass, found: torch.Tensor, expected: torch.Tensor) -> float:
+    error = relative_error(found, expected)
     if p.exact_to is not None and not error <= p.exact_to:
         raise PassError(
             f"the result on the probe changed by {error:.1e} relative, "

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from ssmc.core import Context, Graph
-from ssmc.core.graph import check_finite
 from ssmc.core.journal import Saved
+from ssmc.errors import NumericsError
 from ssmc.passes._staged import StagedRun, is_constant
 from ssmc.quant.observers import Observer
 
@@ -27,7 +27,6 @@ def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -
     def seen(node: fx.Node, value: Any) -> None:
         observer = observers.get(node)
         if observer is not None:
-            check_finite(node, value)
             observer.observe(value.reshape(-1, math.prod(channels(node))))
 
     run = StagedRun(g, _stops(g, observers), context, seen)
@@ -37,13 +36,25 @@ def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -
         for node, observer in observers.items():
             observer.restore(saved.about["tokens"][node.name], _of(saved.tensors, node.name))
             observer.to(context.device)
+    unchecked = {node: observers[node] for node in g.nodes if node in observers}
     for _, batches in run.stages():
         for _values in batches:
             pass
+        _check(unchecked)
         if context.log.due():
             context.log.save(g, _position(run, observers))
     for observer in observers.values():
         observer.to(g.device or context.device)
+
+
+def _check(observers: dict[fx.Node, Observer]) -> None:
+    """Check those that have seen something, for good: others wait for a later block."""
+    for node in [n for n, observer in observers.items() if observer.tokens]:
+        try:
+            observers.pop(node).check()
+        except NumericsError as error:
+            error.args = (f"node '{node.name}' holds NaN or infinity",)
+            raise
 
 
 def _stops(g: Graph, observed: Mapping[fx.Node, Any]) -> list[fx.Node]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ssmc.core import Context, Graph
 from ssmc.core.dialect import operands, target_name
+from ssmc.core.graph import fetch
 from ssmc.core.journal import Saved
 from ssmc.core.state import States, fresh_states
 
@@ -156,7 +157,7 @@ class StagedRun:
         if value.device == device:
             return value
         if node not in self.fetched:
-            self.fetched[node] = value.to(device)
+            self.fetched[node] = fetch(value, device)
         return self.fetched[node]
 
 

@@ -28,17 +28,19 @@ class Observer(ABC):
         self.tokens = 0
 
     def observe(self, x: Tensor) -> None:
-        """Take in x [..., C]; NumericsError where x holds NaN or infinity."""
-        magnitude = x.detach().reshape(-1, x.shape[-1]).abs().float()
-        if not magnitude.numel():
-            return
-        if not magnitude.amax().isfinite():
+        """Take in x [..., C]; NaN and infinity stay, for `check` to find."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        if len(x):
+            self._count(len(x))
+            self._update(x)
+
+    def check(self) -> None:
+        """Raise NumericsError where something observed holds NaN or infinity."""
+        if not all(kept.isfinite().all() for kept in self.tensors().values()):
             raise NumericsError(
-                f"activation of shape {list(x.shape)} holds NaN or infinity",
+                "what was observed holds NaN or infinity",
                 hint="check the model in float32 on this text, before any pass",
             )
-        self._count(len(magnitude))
-        self._update(magnitude)
 
     def merge(self, other: Self) -> None:
         """Become what one observer of both observers' tokens would be."""
@@ -66,8 +68,8 @@ class Observer(ABC):
         self.tokens += tokens
 
     @abstractmethod
-    def _update(self, magnitude: Tensor) -> None:
-        """Take in magnitudes [tokens, C]."""
+    def _update(self, x: Tensor) -> None:
+        """Take in float32 values [tokens, C]."""
 
     @abstractmethod
     def _join(self, other: Self) -> None: ...
@@ -87,8 +89,8 @@ class Absmax(Observer):
     kept = ("_largest",)
     _largest: Tensor | None = None
 
-    def _update(self, magnitude: Tensor) -> None:
-        self._raise_to(magnitude.amax(0))
+    def _update(self, x: Tensor) -> None:
+        self._raise_to(x.abs().amax(0))
 
     def _join(self, other: Absmax) -> None:
         if other._largest is not None:
@@ -133,7 +135,8 @@ class Percentile(Observer):
             )
         super()._count(tokens)
 
-    def _update(self, magnitude: Tensor) -> None:
+    def _update(self, x: Tensor) -> None:
+        magnitude = x.abs()
         self._keep(magnitude, magnitude.reshape(-1, 1))
 
     def _join(self, other: Percentile) -> None:
