@@ -3,9 +3,9 @@
     python tools/bench_compile.py 130m 1.4b 2.8b
 
 compiles each as `ssmc compile` does, checks and statistics included, on 512 windows of 512 random
-tokens, and prints the seconds of every pass and the peak of the device's memory, also as a multiple
-of the model's own size at 16 bits. Tracing and the drawing of weights come before and are told
-apart.
+tokens, and prints the seconds of the passes that take long and the peak of the device's memory, of
+the calibration and of all, as a multiple of the model's size at 16 bits. Tracing and the drawing of
+weights come before and are told apart.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from ssmc.bench.sizes import VOCABULARY, find_size
 from ssmc.compiler import CALIBRATION_BATCH, Hooks, Source, compile_source
+from ssmc.core import Graph, Record
 from ssmc.device import find_device
 from ssmc.frontend import trace
 from ssmc.recipe import make_recipe
@@ -38,15 +39,22 @@ def measure(name: str, passes: str, samples: int, length: int, device: torch.dev
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     found: list[tuple[str, float]] = []
-    hooks = Hooks(on_pass=lambda record, _: found.append((record.name, record.seconds)))
+    peaks = [0]
+
+    def ended(record: Record, _: Graph) -> None:
+        found.append((record.name, record.seconds))
+        if device.type == "cuda" and record.stage == "calibrate":
+            peaks[0] = torch.cuda.max_memory_allocated(device)
+
+    hooks = Hooks(on_pass=ended)
     compiled = compile_source(Source(graph, about, batches).to(device), recipe, hooks)
     whole = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     slow = ", ".join(f"{n} {s:.1f}" for n, s in found if s >= 0.05 * whole)
-    ratio = f"{peak / float_bytes:.2f}" if peak else "-"
+    ratios = [f"{bytes_ / float_bytes:.2f}" if peak else "-" for bytes_ in (*peaks, peak)]
     return [
-        compiled.about["source"]["name"], f"{traced:.1f}", f"{whole:.1f}", f"{peak / 1e9:.1f}",
-        f"{float_bytes / 1e9:.1f}", ratio, slow,
+        compiled.about["source"]["name"], f"{traced:.1f}", f"{whole:.1f}",
+        f"{float_bytes / 1e9:.2f}", *ratios, slow,
     ]  # fmt: skip
 
 
@@ -60,7 +68,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     device = find_device(given.device)
-    print("| size | traced s | compiled s | peak GB | at 16 bits GB | ratio | passes s |")
+    print("| size | traced s | compiled s | at 16 bits GB | calibrating | peak | passes s |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for name in given.sizes:
         cells = measure(name, given.passes, given.samples, given.length, device)
