@@ -32,6 +32,8 @@ from ssmc.export.program import DESCRIPTION, MODEL, Sink
 PAGE = ROOT / "docs" / "export.md"
 PROMPT = "The old man and"
 ROOM = 40
+PARTS = ((1, (1, 1)), (3, (17, 1)), (2, (5, 9, 1)))
+"""Batches, and the lengths of their calls."""
 
 
 def has_compiler() -> bool:
@@ -64,25 +66,29 @@ def reference(artefact: Path) -> Graph:
     return g
 
 
-def both(program: Any, expected: Graph, *lengths: int, batch: int) -> Iterator[tuple[Tensor, ...]]:
+Pair = tuple[Tensor, Tensor]
+
+
+def both(
+    program: Any, expected: Graph, *lengths: int, batch: int
+) -> Iterator[tuple[Pair, list[Pair]]]:
     """What a program and the reference give for random tokens in parts of these lengths.
 
-    Pairs of logits and of states, call by call; each goes on from its own states.
+    Call by call the logits of both, and their states; each goes on from its own.
     """
     mine = theirs = fresh_states(expected.states, batch, room=ROOM)
     for length in lengths:
         ids = torch.randint(VOCABULARY, (batch, length))
         logits, mine = program(ids, mine)
         wanted, theirs = expected(ids, states=theirs)
-        yield logits, wanted
         assert mine.keys() == theirs.keys()
-        yield from ((mine[name], theirs[name]) for name in theirs)
+        yield (logits, wanted), [(mine[name], theirs[name]) for name in theirs]
 
 
 def check_bits(program: Any, expected: Graph) -> None:
-    for batch, lengths in ((1, (1, 1)), (3, (17, 1)), (2, (5, 9, 1))):
-        for mine, theirs in both(program, expected, *lengths, batch=batch):
-            assert torch.equal(mine, theirs)
+    for batch, lengths in PARTS:
+        for logits, states in both(program, expected, *lengths, batch=batch):
+            assert all(torch.equal(*pair) for pair in (logits, *states))
 
 
 def test_logits_and_states_of_a_hybrid_are_those_of_the_reference(
@@ -106,18 +112,25 @@ def test_states_that_are_rounded_by_chance_are_those_of_the_reference(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 def test_a_compiled_package_gives_the_logits_of_the_reference(hybrid: Path, tmp_path: Path) -> None:
-    """What Inductor compiles is right to a few units of float32, 2^-23.
+    """What Inductor compiles is right to a few units of float32.
 
-    Of the values that are then rounded to bfloat16 about 2^-14 lie so close to the middle of two
-    that they go to the other, 2^-8 away: 2^-15 in all. Without that rounding it would be 2^-10.
-    Keys and values are rounded to int8, and of these one in 2^14 is off by one.
+    That can turn a value between two integers, or two numbers of 16 bits, into the other one, which
+    is at most 2^-7 of it away, in few tokens. Without the rounding to 16 bits all would be off, by
+    some 2^-10.
     """
     out = export(hybrid, tmp_path / "out", "aoti").out
-    program = aoti_load_package(str(out / MODEL))
-    for batch, lengths in ((1, (1, 1)), (3, (17, 1)), (2, (5, 9, 1))):
-        logits, wanted = next(both(program, reference(hybrid), *lengths, batch=batch))
-        assert (logits - wanted).norm() < 2**-12 * wanted.norm()
-        assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+    program, expected = aoti_load_package(str(out / MODEL)), reference(hybrid)
+    together, _ = next(both(program, expected, 1, batch=64))
+    assert error(*together).median() < 2**-12
+    for batch, lengths in PARTS:
+        for (logits, wanted), _ in both(program, expected, *lengths, batch=batch):
+            assert error(logits, wanted).max() < 2**-7
+            assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+
+
+def error(actual: Tensor, expected: Tensor) -> Tensor:
+    """Of each token's logits, relative to their norm: [B, L]."""
+    return (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 # What `ssmc.ops` does not import itself is refused.
