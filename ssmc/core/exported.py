@@ -20,7 +20,7 @@ _EXAMPLE = {BATCH: 2, LENGTH: 5, ROOM: 7}
 def export_marked(module: nn.Module, operands: tuple[Any, ...]) -> ExportedProgram:
     """`module(*operands)` as one program, for any batch, length and room from 1 on.
 
-    `operands` are meta tensors, or dicts of them. Those of their first two extents that are BATCH,
+    `operands` are meta tensors, or lists of them. Those of their first two extents that are BATCH,
     LENGTH or ROOM become dynamic.
     """
     dims = {name: Dim(name, min=1) for name in NAMES.values()}

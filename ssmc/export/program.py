@@ -2,7 +2,8 @@
 
 The graph is the one lowered for `reference`. All its operators are torch's and those of
 `ssmc.ops`, so whoever has imported these can run it. States are explicit:
-`result, states = program(*inputs, states)`, with the states as a dict.
+`result, states = program(*inputs, states)`, with the states as a list. (A dict would promise that
+its names count, and torch goes by their order.)
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def portable_graph(artefact: Artefact) -> Graph:
 
 
 def export_graph(g: Graph) -> ExportedProgram:
-    """`g` as a program of `(*inputs, {state: tensor})` that gives `(result, {state: tensor})`.
+    """`g` as a program of `(*inputs, states)` that gives `(result, states)`, lists of tensors.
 
     Batch, length and the room of caches are dynamic, each from 1 on. Raises UsageError where
     torch.export finds that one of them is not.
     """
-    states = {spec.name: g.node(spec.name).meta["val"] for spec in g.states}
+    states = [g.node(spec.name).meta["val"] for spec in g.states]
     operands = (*(g.node(name).meta["val"] for name in g.inputs), states)
     try:
         exported = export_marked(_Program(g), operands)
@@ -91,12 +92,11 @@ class _Program(nn.Module):
     def __init__(self, g: Graph) -> None:
         super().__init__()
         self.program = g.module
-        self.states = [spec.name for spec in g.states]
 
-    def forward(self, *operands: Any) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, *operands: Any) -> tuple[Any, list[Tensor]]:
         *inputs, states = operands
-        result, new = self.program(*inputs, *(states[name] for name in self.states))
-        return result, dict(zip(self.states, new, strict=True))
+        result, new = self.program(*inputs, *states)
+        return result, list(new)
 
 
 def write_description(artefact: Artefact, g: Graph, form: str, folder: Path) -> None:
