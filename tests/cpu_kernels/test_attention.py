@@ -13,10 +13,16 @@ from .test_kernels import check, kernel
 pytest.importorskip("numba")
 
 
-@pytest.mark.parametrize("length", [1, 3, 8, 9])
+@pytest.mark.parametrize("length", [1, 3, 9])
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "out", "room"),
-    [(4, 2, 64, 64, 40), (6, 3, 63, 17, 16), (3, 1, 16, 100, 130), (2, 2, 5, 1, 9)],
+    [
+        (4, 2, 64, 64, 40),
+        (6, 3, 63, 17, 16),
+        (3, 1, 16, 100, 130),
+        (2, 2, 5, 1, 9),
+        (20, 1, 8, 8, 70),
+    ],
 )
 def test_attention(length: int, heads: int, groups: int, width: int, out: int, room: int) -> None:
     q, position = torch.randn(2, length, heads, width), torch.tensor([0, room - length])
@@ -41,6 +47,14 @@ def test_rotations_far_from_the_start() -> None:
     x, frequencies = torch.randn(2, 3, 4, 70), 10000.0 ** -(torch.arange(32) / 32)
     check("rotary_embedding", x, frequencies, torch.tensor([0, 262_000]))
     check("rotary_embedding", x[:, :1], frequencies, torch.tensor([3, 100_000]), 1.3)
+
+
+@pytest.mark.parametrize(("place", "length"), [(0, 200), (63, 2), (64, 64), (130, 70), (199, 1)])
+def test_rows_are_put_into_a_copy(place: int, length: int) -> None:
+    cache, rows = torch.randn(2, 200, 3, 5), torch.randn(2, length, 3, 5)
+    before = cache.clone()
+    check("cache_append", cache, rows, torch.tensor([place, 200 - length]))
+    assert torch.equal(cache, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])

@@ -1,6 +1,7 @@
-"""Attention of a few tokens over a cache of keys and values, as decoding has it.
+"""Attention over a cache of keys and values.
 
-A prompt's are products of matrices, which torch has.
+A thread takes some tokens and the heads that share a cache, and goes through the rows of that by
+blocks, which stay near the processor meanwhile.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from ssmc.kernels.cpu.words import (
     int8_at,
     int16_at,
     int64_at,
-    share,
 )
 from ssmc.ops.attention import check_attention
 
-FEW = 8  # tokens of a sequence, at most
+PAIRS = 16  # of a token and a head, at a time
+BLOCK = 64  # rows of the cache at a time
 F32 = np.float32
 ZERO, ONE = F32(0), F32(1)
 
@@ -99,15 +100,14 @@ def _softmax(scores, scale):
 
 
 @njit(fastmath={"contract"})
-def _float32_sum(weights, rows, apart, y):
-    """y = the sum of rows of float32, `apart` elements from one another, times their weights."""
+def _add_float32_rows(weights, rows, apart, y):
+    """Add to y rows of float32, `apart` elements from one another, times their weights."""
     n, out, w, stride, count = len(y), y.ctypes.data, weights.ctypes.data, 4 * apart, len(weights)
     wide, whole = n // 64 * 64, n // 16 * 16
     for first in range(0, wide, 64):
         float32_rows_sum_64(out + 4 * first, w, rows + 4 * first, stride, count)
     for first in range(wide, whole, 16):
         float32_rows_sum(out + 4 * first, w, rows + 4 * first, stride, count)
-    y[whole:] = ZERO
     for t in range(count if whole < n else 0):
         row = float32_at(rows + stride * t, n)
         for i in range(whole, n):
@@ -115,53 +115,107 @@ def _float32_sum(weights, rows, apart, y):
 
 
 @njit(fastmath={"contract"})
-def _int8_sum(weights, rows, apart, y):
-    """`_float32_sum` of rows of int8."""
+def _add_int8_rows(weights, rows, apart, y):
+    """`_add_float32_rows` of rows of int8."""
     n, out, w, count = len(y), y.ctypes.data, weights.ctypes.data, len(weights)
     wide, whole = n // 64 * 64, n // 16 * 16
     for first in range(0, wide, 64):
         int8_rows_sum_64(out + 4 * first, w, rows + first, apart, count)
     for first in range(wide, whole, 16):
         int8_rows_sum(out + 4 * first, w, rows + first, apart, count)
-    y[whole:] = ZERO
     for t in range(count if whole < n else 0):
         row = int8_at(rows + apart * t, n)
         for i in range(whole, n):
             y[i] += weights[t] * F32(row[i])
 
 
+@njit
+def _multiply(values, scales):
+    for i in range(len(values)):
+        values[i] *= scales[i]
+
+
+@njit
+def _place(head, pair, a):
+    """Which of all tokens' heads a pair is, the first being `head`."""
+    heads, shared = a[10], a[15]
+    return head + pair // shared * heads + pair % shared
+
+
+@njit
+def _score(first, head, seen, a, scores, scales):
+    """The products of queries with the keys they see; those of int8 times their scales."""
+    q, k, k_scale, groups, n = a[0], a[1], a[2], a[12], a[13]
+    apart = groups * n
+    for row in range(0, seen.max(), BLOCK):  # a block of keys is near for all pairs
+        for pair in range(len(seen)):
+            rows = min(BLOCK, seen[pair] - row)
+            if rows <= 0:
+                continue
+            query, found = q + 4 * _place(head, pair, a) * n, scores[pair, row : row + rows]
+            keys, out = first * n + row * apart, found.ctypes.data
+            if k_scale:
+                _int8_dots(query, n, k + keys, apart, rows, out)
+                _multiply(found, scales[row : row + rows])
+            else:
+                _float32_dots(query, n, k + 4 * keys, apart, rows, out)
+
+
+@njit
+def _mix(first, head, seen, a, scores, share_of):
+    """The sums of the values that tokens see, times their weights."""
+    v, v_scale, groups, n, out = a[3], a[4], a[12], a[14], a[16]
+    apart = groups * n
+    for row in range(0, seen.max(), BLOCK):
+        for pair in range(len(seen)):
+            rows = min(BLOCK, seen[pair] - row)
+            if rows <= 0:
+                continue
+            weights, values = scores[pair, row : row + rows], first * n + row * apart
+            y = float32_at(out + 4 * _place(head, pair, a) * n, n)
+            if row == 0:
+                for i in range(n):
+                    y[i] = ZERO
+            if v_scale:
+                _add_int8_rows(weights, v + values, apart, y)
+            else:
+                _add_float32_rows(weights, v + 4 * values, apart, y)
+    for pair in range(len(seen)):
+        y = float32_at(out + 4 * _place(head, pair, a) * n, n)
+        for i in range(n):
+            y[i] *= share_of[pair]
+
+
 @kernel()
 def _attention(arguments, thread, threads):
-    (
-        q, k, k_scale, v, v_scale, wide, position, scale, batch, length, heads, room, groups, n,
-        out_n, out,
-    ) = arguments_at(arguments, 16)  # fmt: skip
-    factor, starts = F32(float_of_bits(scale)), int64_at(position, batch)
-    scores, scales = np.empty(room + ROWS, F32), np.empty(room, F32)
-    for unit in share(batch * length * heads, thread, threads):
-        token, group = unit // heads, unit % heads * groups // heads
-        sequence = token // length
-        seen = min(room, starts[sequence] + token % length + 1)
-        first, found = sequence * room * groups + group, scores[:seen]
-        y = float32_at(out + 4 * unit * out_n, out_n)
+    # q, k, k_scale, v, v_scale, their scales are float32, position, scale, B, L, H, T, G, P, V,
+    # heads that go together, out
+    a = arguments_at(arguments, 17)
+    k_scale, v_scale, wide, batch, length, heads, room, groups = a[2], a[4], a[5], *a[8:13]
+    factor, starts = F32(float_of_bits(a[7])), int64_at(a[6], batch)
+    shared, size = a[15], 4 if wide else 2
+    most = max(1, PAIRS // shared)
+    tiles, parts = (length + most - 1) // most, heads // shared
+    scores, scales = np.empty((most * shared, room + ROWS), F32), np.empty(room, F32)
+    share_of, seen = np.empty(most * shared, F32), np.empty(most * shared, np.int64)
+    for unit in range(thread, batch * parts * tiles, threads):
+        sequence, part, token = unit // tiles // parts, unit // tiles % parts, unit % tiles * most
+        pairs = min(most, length - token) * shared
+        for pair in range(pairs):
+            seen[pair] = min(room, starts[sequence] + token + pair // shared + 1)
+        first = sequence * room * groups + part * shared * groups // heads
+        head = (sequence * length + token) * heads + part * shared
         if k_scale:
-            _int8_dots(q + 4 * unit * n, n, k + first * n, groups * n, seen, scores.ctypes.data)
-            size = 4 if wide else 2
-            _scales(k_scale + size * first, wide, groups, seen, scales)
-            for i in range(seen):
-                found[i] *= scales[i]
-            share_of = _softmax(found, factor)
-            _scales(v_scale + size * first, wide, groups, seen, scales)
-            for i in range(seen):
-                found[i] *= scales[i]
-            _int8_sum(found, v + first * out_n, groups * out_n, y)
-        else:
-            start, apart = k + 4 * first * n, groups * n
-            _float32_dots(q + 4 * unit * n, n, start, apart, seen, scores.ctypes.data)
-            share_of = _softmax(found, factor)
-            _float32_sum(found, v + 4 * first * out_n, groups * out_n, y)
-        for i in range(out_n):
-            y[i] *= share_of
+            _scales(k_scale + size * first, wide, groups, seen[pairs - 1], scales)
+        _score(first, head, seen[:pairs], a, scores, scales)
+        if k_scale:
+            _scales(v_scale + size * first, wide, groups, seen[pairs - 1], scales)
+        for pair in range(pairs):
+            weights = scores[pair, : seen[pair]]
+            share_of[pair] = _softmax(weights, factor)
+            if v_scale:
+                _multiply(weights, scales[: seen[pair]])
+        _mix(first, head, seen[:pairs], a, scores, share_of)
 
 
 def attention(
@@ -169,7 +223,7 @@ def attention(
 ) -> Tensor:
     """As ssmc::attention: q [B, L, H, P], k [B, T, G, P], v [B, T, G, V] -> [B, L, H, V]."""
     check_attention("attention", q, k, v, position)
-    if q.shape[1] > FEW or any(x.dtype != torch.float32 for x in (q, k, v)):
+    if any(x.dtype != torch.float32 for x in (q, k, v)):
         return run_torch(ops.attention, q, k, v, position, scale)
     return _attend(q, k, None, v, None, position, scale)
 
@@ -186,7 +240,7 @@ def int8_attention(
     """As ssmc::int8_attention: `attention` over int8 k_q and v_q."""
     check_attention("int8_attention", q, k_q, v_q, position)
     one_type = k_scale.dtype == v_scale.dtype
-    if q.shape[1] > FEW or not one_type or not _fits(k_q, k_scale) or not _fits(v_q, v_scale):
+    if not one_type or not _fits(k_q, k_scale) or not _fits(v_q, v_scale):
         return run_torch(ops.int8_attention, q, k_q, k_scale, v_q, v_scale, position, scale)
     return _attend(q, k_q, k_scale, v_q, v_scale, position, scale)
 
@@ -213,6 +267,12 @@ def _attend(
         _attention, contiguous(q), contiguous(k), scales[0], contiguous(v), scales[1],
         int(k_scale is not None and k_scale.dtype == torch.float32), contiguous(position),
         float(1 / math.sqrt(n) if scale is None else scale), batch, length, heads, room, groups, n,
-        out_n, out, work=q.shape[:3].numel() * room * (n + out_n) // 8,
+        out_n, _shared(batch * length, heads, groups), out,
+        work=q.shape[:3].numel() * room * (n + out_n) // 8,
     )  # fmt: skip
     return out
+
+
+def _shared(tokens: int, heads: int, groups: int) -> int:
+    """How many heads go together: all that share a cache, unless too few threads had work then."""
+    return heads // groups if tokens * groups >= torch.get_num_threads() else 1

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from numba import njit
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.kernels.cpu.launch import contiguous, kernel, launch, run_torch
+from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
 from ssmc.kernels.cpu.words import arguments_at, int8_at, int64_at, share
 from ssmc.ops.attention import check_room
+
+ROWS = 64  # at a time
+
+
+@njit
+def _copy(source, count, out):
+    values, copied = int8_at(source, count), int8_at(out, count)
+    for i in range(count):
+        copied[i] = values[i]
 
 
 @kernel()
@@ -17,10 +27,37 @@ def _append(arguments, thread, threads):
     for sequence in share(batch, thread, threads):
         place = places[sequence]
         if place < room:  # on a tape nobody looks at positions
-            row = int8_at(cache + (sequence * room + place) * size, size)
-            values = int8_at(x + sequence * size, size)
-            for i in range(size):
-                row[i] = values[i]
+            _copy(x + sequence * size, size, cache + (sequence * room + place) * size)
+
+
+@kernel()
+def _append_copy(arguments, thread, threads):
+    cache, x, position, batch, room, length, size, out = arguments_at(arguments, 8)
+    places, blocks = int64_at(position, batch), (room + ROWS - 1) // ROWS
+    for unit in share(batch * blocks, thread, threads):
+        sequence, first = unit // blocks, unit % blocks * ROWS
+        last, place = min(room, first + ROWS), places[sequence]
+        begin, end = min(max(place, first), last), max(min(place + length, last), first)
+        old, new = cache + sequence * room * size, out + sequence * room * size
+        _copy(old + first * size, (begin - first) * size, new + first * size)
+        if begin < end:
+            given = x + (sequence * length + begin - place) * size
+            _copy(given, (end - begin) * size, new + begin * size)
+        behind = max(begin, end)
+        _copy(old + behind * size, (last - behind) * size, new + behind * size)
+
+
+def cache_append(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
+    """As ssmc::cache_append."""
+    if x.dtype != cache.dtype or x.shape[2:] != cache.shape[2:]:
+        return run_torch(ops.cache_append, cache, x, position)
+    check_room(cache, x, position)
+    old, out = contiguous(cache), empty(cache.shape, cache.dtype)
+    launch(
+        _append_copy, old, contiguous(x), contiguous(position), len(cache), cache.shape[1],
+        x.shape[1], cache[0, 0].numel() * cache.element_size(), out, work=cache.numel(),
+    )  # fmt: skip
+    return out
 
 
 def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:

@@ -40,10 +40,13 @@ def add(values, y):
 
 
 @njit
-def _finish(sums, count, first, row, a):
-    """Sums of products int32 [count], of columns from `first` on, to what they are to become."""
+def _finish(sums, y, count, first, row, a):
+    """Sums of products int32 [count], of columns from `first` on, to what they are to become.
+
+    y float32 is room for as many.
+    """
     _, _, _, x_scale, _, n, w_scale, bias, residual, apart, out, out_scale, _ = a
-    y, factor = np.empty(PANEL, np.float32), np.float64(float32_at(x_scale, row + 1)[row])
+    factor = np.float64(float32_at(x_scale, row + 1)[row])
     factors = float32_at(w_scale + 4 * first, count)
     for i in range(count):
         y[i] = np.float32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
@@ -108,7 +111,7 @@ def _many(a, thread, threads):
     steps = (k + 3) // 4
     packed = np.empty((k // 64 + 1) * 64 * PANEL, np.int8)
     tile, excess = np.empty(TILE_X * PANEL, np.int32), np.empty(last - first, np.int32)
-    whole = np.zeros(TILE_X * steps * 4, np.int8)
+    whole, y = np.zeros(TILE_X * steps * 4, np.int8), np.empty(PANEL, np.float32)
     for row in range(first, last):
         excess[row - first] = 128 * _sum_of(int8_at(x + row * x_stride, k))
     for panel in range(left, right, PANEL):
@@ -124,7 +127,7 @@ def _many(a, thread, threads):
                 sums = tile[r * PANEL : (r + 1) * PANEL]
                 for i in range(PANEL):
                     sums[i] -= excess[row + r - first]
-                _finish(sums, width, panel, row + r, a)
+                _finish(sums, y, width, panel, row + r, a)
     keep(packed)
     keep(whole)
 
@@ -137,7 +140,7 @@ def _few(a, thread, threads):
     blocks = (k + 63) // 64
     wide = blocks * 64
     padded, whole = np.zeros(m * wide, np.int8), np.zeros(ROWS * wide, np.int8)
-    sums = np.empty(ROWS, np.int32)
+    sums, y = np.empty(ROWS, np.int32), np.empty(ROWS, np.float32)
     copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
     for begin in range(first, last, ROWS):
         count, source, stride = min(ROWS, n - begin), w + begin * k, k
@@ -147,7 +150,7 @@ def _few(a, thread, threads):
         for row in range(m):
             values = padded.ctypes.data + row * wide
             rows_product(sums.ctypes.data, values, source, stride, count, blocks)
-            _finish(sums, count, begin, row, a)
+            _finish(sums, y, count, begin, row, a)
     keep(padded)
     keep(whole)
 

@@ -50,12 +50,13 @@ def _mix(whole, width, base, signs, room):
     for i in range(base):
         row = room[i * width : (i + 1) * width]
         weights, out = signs[i * base :].ctypes.data, row.ctypes.data
+        for c in range(width):
+            row[c] = ZERO
         for c in range(0, wide, 32):
             float32_rows_sum_32(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
         for c in range(wide, blocked, 16):
             float32_rows_sum(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
         for c in range(blocked, width):
-            row[c] = ZERO
             for j in range(base):
                 row[c] += signs[i * base + j] * whole[j * width + c]
 

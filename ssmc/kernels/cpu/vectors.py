@@ -30,6 +30,15 @@ def integer(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for what will be read at an address soon; it may lie behind the end of memory."""
+    pointer, module, name = I8.as_pointer(), builder.module, "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = module.globals.get(name) or ir.Function(module, kind, name)
+    read, keep_close, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, pointer), read, keep_close, data])
+
+
 def pairs(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
     """Exchange the lanes of a and b whose numbers have, or have not, the bit `distance`."""
     upper = [j if not j & distance else 16 + j - distance for j in range(16)]
@@ -172,9 +181,10 @@ def _rows_sum(kind: Any, size: int, registers: int) -> Any:
                 pairs_of = zip(values, totals, strict=True)
                 return [builder.call(fused, [value, weight, total]) for value, total in pairs_of]
 
-            zeros = [ir.Constant(FLOATS, [0.0] * 16)] * registers
-            for i, total in enumerate(for_loop(builder, count, zeros, step)):
-                store(builder, total, builder.add(out, integer(64 * i)))
+            places = [builder.add(out, integer(64 * i)) for i in range(registers)]
+            before = [load(builder, place, FLOATS) for place in places]
+            for place, total in zip(places, for_loop(builder, count, before, step), strict=True):
+                store(builder, total, place)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -183,9 +193,9 @@ def _rows_sum(kind: Any, size: int, registers: int) -> Any:
 
 
 float32_rows_sum = _rows_sum(F32, 4, 1)
-"""float32 [16] at `out`: the sum of 16 columns of `count` rows of float32 times their weights.
+"""Add to float32 [16] at `out` 16 columns of `count` rows of float32 times their weights.
 
-Rows are `stride` bytes apart. They are added in their order.
+Rows are `stride` bytes apart, and are added in their order.
 """
 float32_rows_sum_32 = _rows_sum(F32, 4, 2)
 """`float32_rows_sum` of 32 columns."""

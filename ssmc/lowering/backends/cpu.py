@@ -21,7 +21,7 @@ from ssmc.lowering.steps import NORMED_SCAN, POSITION_STEP, STEPS
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "int8_attention"),
-    "cache": ("cache_append_step", "position_step"),
+    "cache": ("cache_append", "cache_append_step", "position_step"),
     "conv1d": (
         "int8_causal_conv1d",
         "int8_causal_conv1d_quantize",
