@@ -191,7 +191,8 @@ def _attention(arguments, thread, threads):
     # q, k, k_scale, v, v_scale, their scales are float32, position, scale, B, L, H, T, G, P, V,
     # heads that go together, out
     a = arguments_at(arguments, 17)
-    k_scale, v_scale, wide, batch, length, heads, room, groups = a[2], a[4], a[5], *a[8:13]
+    k_scale, v_scale, wide = a[2], a[4], a[5]
+    batch, length, heads, room, groups = a[8], a[9], a[10], a[11], a[12]
     factor, starts = F32(float_of_bits(a[7])), int64_at(a[6], batch)
     shared, size = a[15], 4 if wide else 2
     most = max(1, PAIRS // shared)
