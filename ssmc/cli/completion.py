@@ -92,7 +92,8 @@ BACKENDS = words("auto", "reference", "cpu", "triton")
 DEVICES = words("auto", "cpu", "cuda")
 SCHEMES = words("w8a8", "w4a8", "w8a16", "w4a16", "w3a16", "w2a16", "auto", "none")
 STAGES = words("analyse", "rewrite", "reconstruct", "calibrate", "quantise")
-FORMATS = words("hf", "compressed-tensors", "pt2", "aoti")
+FORMATS = words("hf", "compressed-tensors", "pt2", "aoti", "gguf")
+GGUF_TYPES = words("q8_0", "f16", "f32")
 SIZES = words(
     "130m", "370m", "790m", "1.4b", "2.8b",
     "mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b",

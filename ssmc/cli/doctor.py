@@ -35,6 +35,7 @@ FEATURES = (
     Feature("score tasks of lm-eval", "ssmc eval --tasks, lm_eval --model ssmc", "eval"),
     Feature("draw reports and plots", "ssmc compile --report, ssmc bench --plot", "bench"),
     Feature("load what --format compressed-tensors writes", "ssmc export", "export"),
+    Feature("write a file for llama.cpp", "ssmc export --format gguf", "gguf"),
     Feature("build the documentation", "make docs", "docs"),
     Feature(
         "compare with mamba-ssm", "ssmc bench --baseline mamba-ssm", "baseline", needs_gpu=True,

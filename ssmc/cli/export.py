@@ -19,12 +19,23 @@ def run(
         str,
         typer.Option(
             "--format",
-            help="hf, compressed-tensors, pt2 or aoti.",
+            help="hf, compressed-tensors, pt2, aoti or gguf.",
             autocompletion=completion.FORMATS,
         ),
     ] = "hf",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Of the weights in gguf: q8_0, f16 or f32.",
+            autocompletion=completion.GGUF_TYPES,
+        ),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write (ARTEFACT-FORMAT).")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where to write (ARTEFACT-FORMAT, ARTEFACT-TYPE.gguf)."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -38,16 +49,16 @@ def run(
         raise UsageError(
             f"{artefact} is no artefact", hint="give the folder that ssmc compile wrote"
         )
-    target = out or artefact.with_name(f"{artefact.resolve().name}-{form}")
-    done = export(artefact, target, form, force=force)
-    files = {path.name: path.stat().st_size for path in sorted(done.out.iterdir())}
+    done = export(artefact, out, form, type=weights, force=force)
+    files = {path.name: path.stat().st_size for path in done.files()}
     if as_json:
-        output.say_json(
-            {"format": form, "output": str(done.out), "files": files, "kept": done.kept}
-        )
+        about = {"format": form, "output": str(done.out), "files": files}
+        output.say_json(about | {"kept": done.kept, "notes": done.notes})
         return
     output.say_table(["file", ">bytes"], [(name, f"{size:,}") for name, size in files.items()])
     output.say("")
     for reason, count in Counter(done.kept.values()).most_common():
         output.say(f"{'in 16 bits':12} {count} tensors: {reason}")
+    for note in done.notes:
+        output.say(f"{'note':12} {note}")
     output.say(f"{'wrote':12} {done.out}\n{'for':12} {FORMATS[form].reader}")

@@ -94,6 +94,35 @@ def whole_folder(out: Path, kind: Kind = ARTEFACT, *, force: bool) -> Iterator[P
         _move_into_place(folder, target)
 
 
+@contextlib.contextmanager
+def whole_file(out: Path, magic: bytes, *, force: bool) -> Iterator[Path]:
+    """Where to write a file that begins with `magic`; it becomes `out` when it is written.
+
+    Whatever interrupts that leaves what was there. Raises UsageError where `out` is a folder,
+    exists (with `force`: and begins otherwise), or cannot be written.
+    """
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", hint="name a file")
+    with _disk_errors(out):
+        if out.exists():
+            _check_file_replaced(out, magic, force=force)
+        target = out.resolve()
+        with _temporary_folder(target) as folder:
+            part = folder / target.name
+            yield part
+            sync(part)
+            part.replace(target)
+            sync(target.parent)
+
+
+def _check_file_replaced(out: Path, magic: bytes, *, force: bool) -> None:
+    with out.open("rb") as file:
+        if file.read(len(magic)) != magic:
+            raise UsageError(f"{out} exists and is another file", hint="name another one")
+    if not force:
+        raise UsageError(f"{out} exists already", hint="--force replaces it")
+
+
 def check_output(out: Path, kind: Kind = ARTEFACT, *, force: bool) -> None:
     """Raise UsageError unless a folder of a kind may be written to `out`."""
     hint = "name another output folder"

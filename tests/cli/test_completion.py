@@ -95,6 +95,7 @@ def test_closed_lists_are_those_of_the_program() -> None:
     assert set(completion.SCHEMES("")) == {*SCHEMES, "auto"}
     assert completion.STAGES("") == list(STAGES)
     assert completion.FORMATS("") == list(FORMATS)
+    assert completion.GGUF_TYPES("") == list(FORMATS["gguf"].types)
     assert completion.SIZES("") == list(SIZES)
 
 

@@ -24,3 +24,20 @@ def test_what_cannot_be_exported(call: Call, tiny_artefact: Path, tmp_path: Path
     ended = call("export", tiny_artefact, "--format", "gguf2", "-o", tmp_path / "x")
     assert ended.code == 2
     assert "there is no format 'gguf2'" in ended.error
+
+
+def test_gguf_is_one_file(call: Call, tiny_artefact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.gguf"
+    lines = legible(call("export", tiny_artefact, "--format", "gguf", "-o", out))
+    assert lines[1].split()[0] == "tiny.gguf"
+    assert any(line.startswith("in 16 bits") and "multiples of 32" in line for line in lines)
+    assert any(line.startswith("note") and "no vocabulary" in line for line in lines)
+    data = call(
+        "export", tiny_artefact, "--format", "gguf", "--type", "f32", "-o", out, "--force", "--json"
+    ).json
+    assert data["files"] == {"tiny.gguf": out.stat().st_size}
+    assert data["kept"] == {}
+    assert len(data["notes"]) == 3
+    ended = call("export", tiny_artefact, "--format", "gguf", "--type", "q9", "-o", out)
+    assert ended.code == 2
+    assert "has no type 'q9'" in ended.error
