@@ -49,9 +49,17 @@ def export_graph(g: Graph) -> ExportedProgram:
             f"torch.export cannot express this artefact: {reason(error)}",
             hint="ssmc.load runs the artefact as it is",
         ) from error
-    for node in exported.graph.nodes:
-        node.meta.pop("stack_trace", None)  # lines of ssmc, in files of this machine
+    _clean(exported.graph_module)
     return exported
+
+
+def _clean(module: fx.GraphModule) -> None:
+    """Drop what names this machine: lines of its files, and assertions of the device traced on."""
+    for node in list(module.graph.nodes):
+        node.meta.pop("stack_trace", None)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def reason(error: Exception) -> str:
