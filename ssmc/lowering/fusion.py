@@ -22,6 +22,7 @@ from ssmc.lowering.regions import (
     only_user,
     results,
     rounding,
+    same_shape,
     segments,
     taken,
 )
@@ -38,7 +39,7 @@ def _norm(g: Graph, m: Match) -> fx.Node:
 
 
 def _add_norm(g: Graph, m: Match) -> Values | None:
-    if not _same_shape(m.x, m.residual) or not taken(m.node):
+    if not same_shape(m.x, m.residual) or not taken(m.node):
         return None
     pair, args = taken(m.node), (m.x, m.residual, m.weight, m.eps)
     with g.before(m.total):
@@ -61,7 +62,7 @@ def _gated_norm(g: Graph, m: Match) -> fx.Node | None:
 
 
 def _linear_add(g: Graph, m: Match) -> fx.Node | None:
-    if not _same_shape(m.linear, m.residual):
+    if not same_shape(m.linear, m.residual):
         return None
     return g.call("ssmc::int8_linear_add", *operands(m.linear).values(), m.residual, like=m.node)
 
@@ -138,11 +139,6 @@ def _ssd_scan_state(g: Graph, m: Match) -> Values | None:
     args = (given | {"state": state}).values()
     call = g.call("ssmc::int8_ssd_scan_state", *args, like=m.node, suffix="fused")
     return results(g, call, (used.get(0), new_state))
-
-
-def _same_shape(one: fx.Node, other: object) -> bool:
-    shape = one.meta["val"].shape
-    return isinstance(other, fx.Node) and other.meta["val"].shape == shape
 
 
 _NORM = op.rms_norm("x", "weight", "eps", sole_user=True)

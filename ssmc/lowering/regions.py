@@ -87,6 +87,12 @@ def heads(value: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
     return value, tuple(value.meta["val"].shape[2:])
 
 
+def same_shape(one: fx.Node, other: object) -> bool:
+    """Whether `other` is a value, too, and of the same shape."""
+    shape = one.meta["val"].shape
+    return isinstance(other, fx.Node) and other.meta["val"].shape == shape
+
+
 def is_model_state(g: Graph, value: Any) -> bool:
     """Whether `value` is a state that the graph is given and uses once: it may be overwritten."""
     names = {spec.name for spec in g.states}

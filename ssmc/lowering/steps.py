@@ -160,6 +160,23 @@ def _append(g: Graph, m: Match) -> fx.Node | None:
     return g.call("ssmc::cache_append_step", m.cache, m.x, m.position, like=m.node)
 
 
+def _quantize_append(g: Graph, m: Match) -> Values | None:
+    """The rows of integers and of scales that are made of the same values."""
+    integers = taken(m.pair).get(0)
+    append = integers and only_user(integers, "ssmc::cache_append")
+    if append is None or not is_model_state(g, m.scales):
+        return None
+    given = operands(append)
+    if not is_model_state(g, given["cache"]) or given["position"] is not m.position:
+        return None
+    if m.dtype != m.scales.meta["val"].dtype or m.position.op != "placeholder":
+        return None
+    args = (given["cache"], m.scales, m.x, m.position)
+    with g.after(m.pair):
+        call = g.call("ssmc::cache_quantize_step", *args, like=m.node, suffix="fused")
+    return results(g, call, (append, m.node))
+
+
 def _position(g: Graph, m: Match) -> fx.Node | None:
     """The count of tokens, written over the old one when nothing is to read that any more."""
     old = m.position.name if isinstance(m.position, fx.Node) else None
@@ -221,6 +238,11 @@ STEPS: Rules = (
 )
 
 NORMED_SCAN: Rules = ((_NORMED_SCAN, _normed_selective_scan),)
+
+_ROUNDED = op.quantize_dynamic("x", BITS, label="pair")
+_SCALE = op.to_dtype(op.getitem(_ROUNDED, 1, sole_user=True), "dtype", sole_user=True)
+
+CACHE_STEPS: Rules = ((op.cache_append("scales", _SCALE, "position"), _quantize_append),)
 
 POSITION_STEP: Rules = ((op.add("position", op.size("ids", 1, label="tokens")), _position),)
 """The last rule of all: what comes behind its call finds the new count."""

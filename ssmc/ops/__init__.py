@@ -34,6 +34,7 @@ from ssmc.ops.ssd_scan import ssd_scan
 from ssmc.ops.state import dequantize_state, quantize_state
 from ssmc.ops.steps import (
     cache_append_step,
+    cache_quantize_step,
     in_proj_conv_step,
     norm_linear_step,
     normed_selective_scan_step,
@@ -47,6 +48,7 @@ __all__ = [
     "attention",
     "cache_append",
     "cache_append_step",
+    "cache_quantize_step",
     "causal_conv1d",
     "dequantize",
     "dequantize_groups",

@@ -30,8 +30,17 @@ def softmax_top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @composite
 def int8_expert_linear_sum(
-    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, index: Tensor, weights: Tensor
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`int8_expert_linear` summed over a token's experts with weights [B, L, k]; [B, L, N]."""
-    y = int8_expert_linear(x_q, x_scale, w_q, w_scale, index)
-    return (y * weights.unsqueeze(-1)).sum(2)
+    """`int8_expert_linear` summed over a token's experts with weights [B, L, k]; [B, L, N].
+
+    That is added to the residual [B, L, N], if there is one.
+    """
+    y = (int8_expert_linear(x_q, x_scale, w_q, w_scale, index) * weights.unsqueeze(-1)).sum(2)
+    return y if residual is None else residual + y

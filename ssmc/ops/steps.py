@@ -165,6 +165,19 @@ def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
     return cache_append(cache, x, position)
 
 
+@composite
+def cache_quantize_step(
+    cache: Tensor, scales: Tensor, x: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`quantize_dynamic` of the rows of one token, then `cache_append_step` of both results.
+
+    cache int8 [B, T, G, P], scales [B, T, G, 1] of any type of floats; x float32 [B, 1, G, P].
+    """
+    q, scale = quantize_dynamic(x)
+    new = cache_append(cache, q, position)
+    return new, cache_append(scales, scale.to(scales.dtype), position)
+
+
 @operator(lambda position, tokens: position.new_empty(position.shape))
 def position_step(position: Tensor, tokens: int) -> Tensor:
     """How many tokens each sequence has had, int64 [B], after so many more."""

@@ -8,7 +8,7 @@ import torch
 from ssmc import ops
 from ssmc.errors import UsageError
 
-from .test_kernels import check, kernel
+from .test_kernels import check, integers, kernel
 
 pytest.importorskip("numba")
 
@@ -33,6 +33,18 @@ def test_attention(length: int, heads: int, groups: int, width: int, out: int, r
     check("int8_attention", q, *k_pair, *v_pair, position)
     halves = [(values, scale.bfloat16()) for values, scale in (k_pair, v_pair)]
     check("int8_attention", q, *halves[0], *halves[1], position, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_are_rounded_in_place(dtype: torch.dtype) -> None:
+    cache, scales = integers(3, 6, 2, 17), torch.rand(3, 6, 2, 1).to(dtype)
+    x, position = torch.randn(3, 1, 2, 17), torch.tensor([5, 0, 3])
+    expected = ops.cache_quantize_step(cache, scales, x, position)
+    new, new_scales = kernel("cache_quantize_step")(cache, scales, x, position)
+    assert new is cache
+    assert new_scales is scales
+    assert torch.equal(new, expected[0])
+    assert torch.equal(new_scales, expected[1])
 
 
 def test_rows_behind_a_token_are_not_looked_at() -> None:

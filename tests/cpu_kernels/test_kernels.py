@@ -24,9 +24,9 @@ from ssmc.quant.formats import bf16_up, quantize_weight
 pytest.importorskip("numba")
 
 EXACT = {
-    "cache_append", "cache_append_step", "int8_embedding", "int8_expert_linear", "int8_linear",
-    "int8_linear_add", "int8_linear_quantize", "int8_linear_split", "position_step", "quantize",
-    "quantize_dynamic",
+    "cache_append", "cache_append_step", "cache_quantize_step", "int8_embedding",
+    "int8_expert_linear", "int8_linear", "int8_linear_add", "int8_linear_quantize",
+    "int8_linear_split", "position_step", "quantize", "quantize_dynamic",
 }  # fmt: skip
 NAMES = sorted(name for names in cpu.KERNELS.values() for name in names)
 

@@ -45,3 +45,4 @@ def test_sums_over_experts(n: int, k: int, each: bool) -> None:
     args = (*ops.quantize_dynamic(x), w_q, w_scale, index)
     check("int8_expert_linear", *args)
     check("int8_expert_linear_sum", *args, torch.rand(2, 5, 3))
+    check("int8_expert_linear_sum", *args, torch.rand(2, 5, 3), torch.randn(2, 5, 2 * n)[..., n:])

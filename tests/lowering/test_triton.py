@@ -23,6 +23,7 @@ from ssmc.runtime.verify import verify
 from .rules import RULES, calls
 
 OF_RULES_OF_CPU = {
+    "cache_quantize_step",
     "int8_expert_linear_sum",
     "normed_selective_scan_step",
     "position_step",

@@ -93,6 +93,10 @@ def _attentions() -> list[tuple[str, Sample]]:
         ("cache_append", (k, torch.randn(2, 5, 3, 8), position)),
         ("cache_append", (k[:, :, 0, 0], torch.randn(2, 1), position)),
         ("cache_append_step", (k, torch.randn(2, 1, 3, 8), position)),
+        (
+            "cache_quantize_step",
+            (_int8(2, 9, 3, 8), torch.rand(2, 9, 3, 1), q[:, :1, :3], position),
+        ),
         ("position_step", (position, 1)),
         ("attention", (q, k, v, position)),
         ("attention", (q[:, :1], k, v, position, 0.3)),
@@ -111,6 +115,10 @@ def _experts(x: Tensor) -> list[tuple[str, Sample]]:
         ("int8_expert_linear", (*quantize_dynamic(x), w_q, w_scale, index)),
         ("int8_expert_linear", (*quantize_dynamic(each), w_q, torch.tensor(0.01), index)),
         ("int8_expert_linear_sum", (*quantize_dynamic(each), w_q, w_scale, index, each[..., 0])),
+        (
+            "int8_expert_linear_sum",
+            (*quantize_dynamic(x), w_q, w_scale, index, each[..., 0], x[..., :7]),
+        ),
         ("softmax_top_k", (x, 3)),
         ("dequantize_groups", (torch.randint(256, (4, 7, 6)).byte(), torch.rand(4, 7, 2))),
     ]

@@ -46,6 +46,17 @@ def test_steps_from_a_tape(compiled: CompiledModel, batch: int) -> None:
     assert len(session._recordings) == 1
 
 
+@pytest.mark.parametrize("architecture", ["jamba", "llama"])
+@pytest.mark.parametrize("passes", ["hadamard,percentile", PASSES["jamba"]])
+def test_steps_of_attention_and_experts_are_one_list_of_kernels(
+    architecture: str, passes: str
+) -> None:
+    session = compile_tiny(architecture, passes).session(2)
+    session.step(tokens(2, 1))
+    (recording,) = session._recordings.values()
+    assert [type(part) for part in recording.tape.parts] == [list]  # type: ignore[union-attr]
+
+
 def test_tapes_are_recorded_anew_when_caches_move() -> None:
     model = compile_tiny("jamba", PASSES["jamba"])
     session, whole = model.session(1), tokens(1, FIRST_ROOM + 2)

@@ -32,6 +32,7 @@ from ssmc.kernels.cpu.words import (
     float_of_bits,
     int8_at,
     int16_at,
+    int32_at,
     int64_at,
 )
 from ssmc.ops.attention import check_attention
@@ -85,13 +86,29 @@ def _int8_dots(q, n, rows, apart, count, out):
                     found[i] += rest[j] * F32(row[j])
 
 
-@njit(fastmath={"contract", "reassoc", "nnan", "nsz"})
+@njit
+def _in_order(bits):
+    """The bits of a float32 to an integer that is as large among such as the float among floats.
+
+    And back.
+    """
+    return np.int32(bits ^ (np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@njit
+def _largest(x):
+    """The largest of x, none of them NaN; as integers, of which a loop makes vectors."""
+    words = int32_at(x.ctypes.data, len(x))
+    largest = _in_order(words[0])
+    for i in range(len(words)):
+        largest = max(largest, _in_order(words[i]))
+    return float32_of_bits(_in_order(largest))
+
+
+@njit(fastmath={"contract", "reassoc"})
 def _softmax(scores, scale):
     """exp(scale (s - the largest)) in place of each score s; 1 over their sum."""
-    largest = scores[0]
-    for i in range(len(scores)):
-        largest = scores[i] if scores[i] > largest else largest
-    factor, total = scale * LOG2E, ZERO
+    largest, factor, total = _largest(scores), scale * LOG2E, ZERO
     for i in range(len(scores)):
         scores[i] = exp2((scores[i] - largest) * factor)
     for i in range(len(scores)):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from numba import njit
 from torch import Tensor
 
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
-from ssmc.kernels.cpu.words import arguments_at, int8_at, int64_at, share
+from ssmc.kernels.cpu.quantize import quantize_row
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    bits_of_float32,
+    float32_at,
+    int8_at,
+    int16_at,
+    int64_at,
+    share,
+)
 from ssmc.ops.attention import check_room
 
 ROWS = 64  # at a time
@@ -71,6 +82,38 @@ def cache_append_step(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
         row[0].numel() * row.element_size(), work=row.numel() if len(cache) > 1 else 0,
     )  # fmt: skip
     return cache
+
+
+@kernel()
+def _append_rounded(arguments, thread, threads):
+    cache, scales, wide, x, position, batch, room, groups, n = arguments_at(arguments, 9)
+    places = int64_at(position, batch)
+    for unit in share(batch * groups, thread, threads):
+        sequence, place = unit // groups, places[unit // groups]
+        if place < room:
+            row = (sequence * room + place) * groups + unit % groups
+            scale = quantize_row(float32_at(x + 4 * unit * n, n), int8_at(cache + row * n, n))
+            if wide:
+                float32_at(scales + 4 * row, 1)[0] = scale
+            else:  # it is a bfloat16
+                int16_at(scales + 2 * row, 1)[0] = np.int16(bits_of_float32(scale) >> 16)
+
+
+def cache_quantize_step(
+    cache: Tensor, scales: Tensor, x: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ssmc::cache_quantize_step; the rows are written into `cache` and `scales` themselves."""
+    known = scales.dtype in (torch.float32, torch.bfloat16) and scales.shape[2:] == (x.shape[2], 1)
+    whole = cache.is_contiguous() and scales.is_contiguous()
+    if not known or not whole or x.shape[1:] != (1, *cache.shape[2:]):
+        return run_torch(ops.cache_quantize_step, cache, scales, x, position)
+    check_room(cache, x, position)
+    batch, room, groups, n = cache.shape
+    launch(
+        _append_rounded, cache, scales, int(scales.dtype == torch.float32), contiguous(x),
+        contiguous(position), batch, room, groups, n, work=x.numel() if batch > 1 else 0,
+    )  # fmt: skip
+    return cache, scales
 
 
 @kernel()

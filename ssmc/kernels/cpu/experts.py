@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssmc import ops
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
-from ssmc.kernels.cpu.linear import copy_rows
+from ssmc.kernels.cpu.linear import add, copy_rows
 from ssmc.kernels.cpu.products import rows_product
 from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int64_at, keep, share
@@ -18,8 +18,9 @@ ZERO = np.float32(0)
 @kernel()
 def _experts(arguments, thread, threads):
     (
-        x, stride, x_scale, choices, each, w, w_scale, experts, n, k, index, count, weight, out,
-    ) = arguments_at(arguments, 14)  # fmt: skip
+        x, stride, x_scale, choices, each, w, w_scale, experts, n, k, index, count, weight,
+        residual, apart_residual, out,
+    ) = arguments_at(arguments, 16)  # fmt: skip
     blocks, steps = (n + ROWS - 1) // ROWS, (k + 63) // 64
     wide, cells, summed = steps * 64, experts * n * k, choices if weight else 1
     padded, whole = np.zeros(wide, np.int8), np.zeros(ROWS * wide, np.int8)
@@ -46,6 +47,8 @@ def _experts(arguments, thread, threads):
             for i in range(size):
                 value = np.float32(np.float64(sums[i]) * (factor * np.float64(scales[first + i])))
                 y[i] = y[i] + value * weights[choice] if weight else value
+        if residual:
+            add(float32_at(residual + 4 * (row * apart_residual + begin), size), y)
     keep(padded)
     keep(whole)
 
@@ -56,16 +59,23 @@ def int8_expert_linear(
     """As ssmc::int8_expert_linear, bit for bit: float32 [B, L, k, N]."""
     if not _by_row(x_q, x_scale, w_q, w_scale):
         return run_torch(ops.int8_expert_linear, x_q, x_scale, w_q, w_scale, index)
-    return _multiply(x_q, x_scale, w_q, w_scale, index, None)
+    return _multiply(x_q, x_scale, w_q, w_scale, index)
 
 
 def int8_expert_linear_sum(
-    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, index: Tensor, weights: Tensor
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """As ssmc::int8_expert_linear_sum: float32 [B, L, N]."""
     if not _by_row(x_q, x_scale, w_q, w_scale):
-        return run_torch(ops.int8_expert_linear_sum, x_q, x_scale, w_q, w_scale, index, weights)
-    return _multiply(x_q, x_scale, w_q, w_scale, index, weights)
+        given = (x_q, x_scale, w_q, w_scale, index, weights, residual)
+        return run_torch(ops.int8_expert_linear_sum, *given)
+    return _multiply(x_q, x_scale, w_q, w_scale, index, weights, residual)
 
 
 def _by_row(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor) -> bool:
@@ -81,15 +91,17 @@ def _multiply(
     w_q: Tensor,
     w_scale: Tensor,
     index: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     experts, n, k = w_q.shape
     x, count, apart = rows(x_q)
+    added, _, added_apart = (None, 0, 0) if residual is None else rows(residual)
     out = empty((*index.shape, n) if weights is None else (*index.shape[:2], n))
     launch(
         _experts, x, apart, vector(x_scale, count), index.shape[-1], int(x_q.dim() == 4),
         contiguous(w_q), vector(w_scale, experts * n), experts, n, k, contiguous(index),
-        index.numel(), None if weights is None else contiguous(weights), out,
+        index.numel(), None if weights is None else contiguous(weights), added, added_apart, out,
         work=index.numel() * n * k // 8,
     )  # fmt: skip
     return out

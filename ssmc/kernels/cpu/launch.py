@@ -19,6 +19,7 @@ from numba import cfunc, types
 from torch import Tensor
 
 from ssmc.kernels.cpu.threads import threads
+from ssmc.kernels.cpu.words import arguments_at, float32_at
 
 _SIGNATURE = types.void(*[types.int64] * 3)
 _recording = threading.local()
@@ -145,6 +146,14 @@ def _overwrite(old: Any, new: Any) -> None:
 # -- operands ---------------------------------------------------------------------------------
 
 
+@kernel()
+def _repeat(arguments, thread, threads):
+    one, count, out = arguments_at(arguments, 3)
+    value, values = float32_at(one, 1)[0], float32_at(out, count)
+    for i in range(count):
+        values[i] = value
+
+
 def contiguous(x: Tensor) -> Tensor:
     """x, or its copy without gaps."""
     return x if x.is_contiguous() else run_torch(lambda y: y.contiguous(), x)
@@ -169,10 +178,11 @@ def vector(scale: Tensor | None, count: int) -> Tensor | None:
     """`count` numbers, from as many or from one for all."""
     if scale is None:
         return None
-    if scale.numel() != count:
-        expanded = scale.reshape(1).expand(count)
-        return run_torch(lambda x: x.contiguous(), expanded)
-    return contiguous(scale)
+    if scale.numel() == count:
+        return contiguous(scale)
+    repeated = empty((count,))
+    launch(_repeat, scale, count, repeated, work=0)
+    return repeated
 
 
 def widened(state: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from ssmc.kernels.cpu.vectors import (
     address_of_row,
     integer,
     load,
-    prefetch,
     store,
     sums_of_lanes,
     transposed,
@@ -131,16 +130,13 @@ def rows_product(typing_context, out, x, w, w_stride, w_rows, blocks):
     def generate(context, builder, signature, arguments):
         out, x, w, stride, rows, blocks = arguments
         bases = [address_of_row(builder, w, stride, i, rows) for i in range(ROWS)]
-        ahead = builder.mul(stride, integer(ROWS))
 
         def step(index: Any, totals: list[Any]) -> list[Any]:
             offset = builder.mul(index, integer(64))
             values = load(builder, builder.add(x, offset), BYTES)
             new = []
             for base, total in zip(bases, totals, strict=False):
-                place = builder.add(base, offset)
-                prefetch(builder, builder.add(place, ahead))  # the rows of the next call
-                row = load(builder, place, BYTES)
+                row = load(builder, builder.add(base, offset), BYTES)
                 new.append(_dot(builder, total, builder.xor(row, _RAISE), values))
             return [*new, _dot(builder, totals[-1], _RAISE, values)]
 

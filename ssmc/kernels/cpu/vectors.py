@@ -30,15 +30,6 @@ def integer(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for what will be read at an address soon; it may lie behind the end of memory."""
-    pointer, module, name = I8.as_pointer(), builder.module, "llvm.prefetch.p0"
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    function = module.globals.get(name) or ir.Function(module, kind, name)
-    read, keep_close, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    builder.call(function, [builder.inttoptr(address, pointer), read, keep_close, data])
-
-
 def pairs(builder: Any, a: Any, b: Any, distance: int) -> tuple[Any, Any]:
     """Exchange the lanes of a and b whose numbers have, or have not, the bit `distance`."""
     upper = [j if not j & distance else 16 + j - distance for j in range(16)]

@@ -165,6 +165,16 @@ def float32_of_bits(typing_context, bits):
 
 
 @intrinsic
+def bits_of_float32(typing_context, value):
+    """The bits of a float32 as an int32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
 def float_of_bits(typing_context, bits):
     """The float64 whose bits an int64 has."""
 

@@ -16,12 +16,12 @@ import torch
 from ssmc.lowering.backends.backend import Backend, Kernels, Tolerance
 from ssmc.lowering.backends.plain import PLAIN
 from ssmc.lowering.fusion import FUSIONS, SPLITS
-from ssmc.lowering.mlp import MLPS
-from ssmc.lowering.steps import NORMED_SCAN, POSITION_STEP, STEPS
+from ssmc.lowering.mlp import EXPERTS, GATES
+from ssmc.lowering.steps import CACHE_STEPS, NORMED_SCAN, POSITION_STEP, STEPS
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "int8_attention"),
-    "cache": ("cache_append", "cache_append_step", "position_step"),
+    "cache": ("cache_append", "cache_append_step", "cache_quantize_step", "position_step"),
     "conv1d": (
         "int8_causal_conv1d",
         "int8_causal_conv1d_quantize",
@@ -116,8 +116,8 @@ def _load() -> Kernels:
 
 COMPILED = CPUBackend(
     "cpu",
-    rules=(FUSIONS, MLPS, SPLITS),
-    step_rules=(FUSIONS, MLPS, NORMED_SCAN, STEPS, SPLITS, POSITION_STEP),
+    rules=(EXPERTS, FUSIONS, GATES, SPLITS),
+    step_rules=(EXPERTS, FUSIONS, GATES, NORMED_SCAN, CACHE_STEPS, STEPS, SPLITS, POSITION_STEP),
     tolerances={f"ssmc::{name}": tolerance for name, tolerance in TOLERANCES.items()},
 )
 CPU: Backend = COMPILED if importlib.util.find_spec("numba") is not None else PLAIN
