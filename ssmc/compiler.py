@@ -20,11 +20,12 @@ from ssmc.core.journal import Journal
 from ssmc.core.numerics import block_numerics, first_result, operator_numerics
 from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
+from ssmc.core.ranks import Ranks, find_ranks
 from ssmc.core.report import Report
 from ssmc.core.store import Store, parse_size
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
 from ssmc.device import find_device, move
-from ssmc.errors import SsmcError, UsageError
+from ssmc.errors import RankError, SsmcError, UsageError
 from ssmc.frontend import Model, huggingface, load_model, trace
 from ssmc.lowering import BACKENDS
 from ssmc.overlap import run_hashes, to_text
@@ -236,10 +237,15 @@ class Work:
                 raise UsageError("there is nothing to resume from without a folder for it")
             yield None
             return
-        journal = Journal(self.folder, _identity(source, recipe), resume=self.resume)
+        ranks = find_ranks()
+        identity = _identity(source, recipe, ranks)
+        journal = Journal(self.folder, identity, resume=self.resume, ranks=ranks)
         keep = False
         try:
             yield journal
+        except RankError:
+            keep = bool(journal.passes)
+            raise
         except SsmcError:
             raise
         except BaseException:
@@ -250,7 +256,7 @@ class Work:
                 journal.remove()
 
 
-def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
+def _identity(source: Source, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """What the progress of a compilation depends on, by topic."""
     model = source.about["source"]
     if "fingerprint" not in model:
@@ -261,7 +267,7 @@ def _identity(source: Source, recipe: Recipe) -> dict[str, Any]:
         "model": model,
         "recipe": _resolved(recipe, recipe.plan()),
         "calibration text": source.about.get("calibration", given),
-        "environment": _tools() | {"device": str(source.graph.runs_on)},
+        "environment": _tools() | {"device": source.graph.runs_on.type, "processes": ranks.count},
     }
 
 
@@ -290,7 +296,7 @@ def prepare(
     kernels = backend.load()  # fails now or never
     check_passes(source.graph, plan)
     context = make_context(source, recipe, hooks)
-    context.journal = journal
+    context.journal, context.ranks = journal, find_ranks()
     if source.graph.runs_on.type == "cuda":  # on a CPU the result does not depend on the backend
         context.kernels = kernels
     exact: list[Graph] = []  # the graph before the first pass that may change the result

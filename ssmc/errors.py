@@ -35,6 +35,10 @@ class SearchError(SsmcError):
     """No choice of bits was found that keeps to the bound."""
 
 
+class RankError(SsmcError):
+    """Another of the processes that share the work has ended."""
+
+
 class UsageError(SsmcError):
     """Wrong option, recipe, input file or output folder."""
 

@@ -211,7 +211,7 @@ def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
 
 
 def test_data_that_no_manifest_names_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "000007.safetensors").write_bytes(b"half a file")
+    (tmp_path / "000007-0.safetensors").write_bytes(b"half a file")
     Journal(tmp_path, {}, resume=True)
     assert not list(tmp_path.glob("*"))
 

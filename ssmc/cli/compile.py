@@ -138,8 +138,9 @@ def run(
     out = _checked_output(out, force)
     work = Work(out.with_name(f"{out.name}.progress"), max_memory, resume)
     job = _Job(model, out, resolved, auto, work, device, force, as_json, report)
-    compiled = job.run()
-    if write_recipe is not None:
+    with output.of_first_rank() as ranks:
+        compiled = job.run()
+    if write_recipe is not None and ranks.number == 0:
         _write_recipe(write_recipe, compiled.about["recipe"])
 
 
@@ -225,6 +226,8 @@ class _Job:
             prepared = prepare(source, self.recipe, hooks, journal)
             recipe, searched = self._choose(prepared, windows)
             compiled = finish(prepared, recipe, hooks)
+            if not journal.first:
+                return compiled
             compiled.save(self.out, force=self.force)
         if listener is not None:
             self._write_report(listener.story(compiled, self.model))

@@ -86,42 +86,54 @@ def run(
     from ssmc.cli import tasks as scores
     from ssmc.cli.target import check_choice, choose_execution, open_target
     from ssmc.demo import evaluation_file
+    from ssmc.errors import UsageError
 
     check_choice("mode", mode, ("prefill", "recurrent"))
     of_text = bool(text or last_word or passages) or by_length or mode != "prefill"
     of_tasks = bool(include or baseline) or num_fewshot is not None
     scores.check_options(tasks, of_tasks, of_text)
     asked = scores.find(tasks, include or ()) if tasks is not None else None
-    opened = open_target(target, backend, device)
-    choose_execution(opened, execution)
-    if asked is not None:
-        other = scores.find_baseline(opened, baseline, device)
-        found = scores.score_tasks(opened, other, asked, limit, batch, num_fewshot)
-        return output.say_json(found) if as_json else scores.show(found)
-    windows = opened.windows(text or evaluation_file(), window, limit)
-    start = time.perf_counter()
-    with output.progress(f"scoring {target}") as report:
-        size = batch or (8 if mode == "prefill" else 64)
-        result = evaluate.perplexity(opened.run, windows, mode, size, report)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - start
-    said = None if last_word is None else _last_words(target, opened, last_word, passages)
-    overlap = opened.overlap(windows)
-    if as_json:
-        about = {"target": target, "mode": mode, "seconds": seconds, "calibration_overlap": overlap}
-        words = {"last_word": asdict(said)} if said else {}
-        output.say_json(about | asdict(result) | words)
-        return
-    output.say(f"target       {target}")
-    output.say(
-        f"perplexity   {result.perplexity:.4f}   {result.tokens} tokens in "
-        f"{result.windows} windows of {window}, {mode}   {seconds:.1f} s"
-    )
-    for part in result.by_length if by_length else ():
-        output.say(f"{part.first:>6}-{part.last:<6}{part.perplexity:.4f}")
-    if said is not None:
-        output.say(f"last word    {said.accuracy:.1%} of {said.passages} passages")
-    if overlap is not None:
-        _say_overlap(overlap)
+    with output.of_first_rank() as ranks:
+        if ranks.count > 1 and (asked is not None or last_word is not None):
+            raise UsageError(
+                "several processes share the windows of perplexity, not tasks or last words",
+                hint="run these without torchrun",
+            )
+        opened = open_target(target, backend, device)
+        choose_execution(opened, execution)
+        if asked is not None:
+            other = scores.find_baseline(opened, baseline, device)
+            found = scores.score_tasks(opened, other, asked, limit, batch, num_fewshot)
+            return output.say_json(found) if as_json else scores.show(found)
+        windows = opened.windows(text or evaluation_file(), window, limit)
+        start = time.perf_counter()
+        with output.progress(f"scoring {target}") as report:
+            size = batch or (8 if mode == "prefill" else 64)
+            result = evaluate.perplexity(opened.run, windows, mode, size, report, ranks)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+        said = None if last_word is None else _last_words(target, opened, last_word, passages)
+        overlap = opened.overlap(windows)
+        if as_json:
+            about = {
+                "target": target,
+                "mode": mode,
+                "seconds": seconds,
+                "calibration_overlap": overlap,
+            }
+            words = {"last_word": asdict(said)} if said else {}
+            output.say_json(about | asdict(result) | words)
+            return
+        output.say(f"target       {target}")
+        output.say(
+            f"perplexity   {result.perplexity:.4f}   {result.tokens} tokens in "
+            f"{result.windows} windows of {window}, {mode}   {seconds:.1f} s"
+        )
+        for part in result.by_length if by_length else ():
+            output.say(f"{part.first:>6}-{part.last:<6}{part.perplexity:.4f}")
+        if said is not None:
+            output.say(f"last word    {said.accuracy:.1%} of {said.passages} passages")
+        if overlap is not None:
+            _say_overlap(overlap)
 
 
 def _last_words(target: str, opened: Target, file: Path, limit: int | None) -> LastWord:

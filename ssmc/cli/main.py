@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -84,10 +84,20 @@ def main() -> None:
     except Exception as error:
         if debug and not _is_usage(error):
             raise
-        fail(*_explain(error))
+        _fail_once(*_explain(error))
     if code == INTERRUPTED:
         fail("interrupted", "what was not finished has left nothing behind", code)
     sys.exit(code)
+
+
+def _fail_once(message: str, hint: str | None, code: int) -> NoReturn:
+    """End with a message; of the processes that torchrun started, one says it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ssmc.core.ranks import find_ranks
+
+        if not find_ranks().is_first_to_tell():
+            sys.exit(code)
+    fail(message, hint, code)
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -19,6 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ssmc.core.ranks import Ranks
 
 WIDTH = 100  # where the output is no terminal
 
@@ -44,6 +48,21 @@ def say_part(text: str) -> None:
 def note(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def of_first_rank() -> Iterator[Ranks]:
+    """The processes that torchrun started, of which the first is heard; without it, this one."""
+    from ssmc.core.ranks import join, leave
+
+    ranks = join()
+    with contextlib.ExitStack() as stack:
+        if ranks.number:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield ranks
+    leave()
 
 
 def say_json(data: dict[str, Any]) -> None:

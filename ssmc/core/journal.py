@@ -3,8 +3,8 @@
 Only what takes long is kept: what a pass has measured or chosen so far, and where it stands. All
 else is done again, and gives the same, since passes are deterministic. A folder holds
 
-    progress.json        what is compiled, and the files of each pass
-    NNNNNN.safetensors   tensors, written and synced before progress.json names them
+    progress.json         what is compiled, and the files of each pass
+    NNNNNN-R.safetensors  tensors of process R, written and synced before progress.json names them
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from torch import Tensor
 
 from ssmc.core.disk import sync
 from ssmc.core.graph import Graph
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved, apart
 from ssmc.errors import UsageError
 
 MANIFEST = "progress.json"
 SCHEMA = 1
-_NUMBERED = re.compile(r"\d{6}\.safetensors$")
+_NUMBERED = re.compile(r"\d{6}-\d+\.safetensors$")
 INTERVAL = 30.0
 """Seconds of work between two savings, at least: what a kill may cost."""
 
@@ -38,19 +39,34 @@ class Journal:
     `identity` says what is compiled, and how: JSON data by topic. With `resume`, the folder may
     hold the progress of an earlier run of the same, which is taken over; UsageError naming the
     topic where it is another's, or where the folder is damaged. Without, it is emptied first.
+    Of several processes the first writes the manifest, when the data of all are there.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.folder, self.ranks = folder, ranks or Ranks()
         self.identity = json.loads(json.dumps(identity))
         self.passes: dict[str, dict[str, Any]] = {}
         self.number = 0
-        if resume and (folder / MANIFEST).is_file():
-            self._take_over()
-        else:
+        known = resume and (folder / MANIFEST).is_file()
+        if not known and self.first:
             self._check_ours()
             self.remove()
-        self._sweep()
+        if self.ranks.agree(known):
+            self._take_over()
+        if self.first:
+            self._sweep()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes the manifest."""
+        return self.ranks.number == 0
 
     def _check_ours(self) -> None:
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
@@ -86,9 +102,9 @@ class Journal:
     def write(self, tensors: Mapping[str, Tensor]) -> str:
         """A new file of tensors, whole on the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{self.number:06}.safetensors"
+        name = f"{self.number:06}-{self.ranks.number}.safetensors"
         self.number += 1
-        save_file(_apart(tensors), self.folder / name)
+        save_file(apart(tensors), self.folder / name)
         sync(self.folder / name)
         return name
 
@@ -101,6 +117,8 @@ class Journal:
 
     def publish(self) -> None:
         """Let the manifest name what has been written, at once; drop what it names no more."""
+        if not self.first:
+            return
         data = {
             "schema": SCHEMA,
             "identity": self.identity,
@@ -122,18 +140,12 @@ class Journal:
 
     def remove(self) -> None:
         """Delete what is kept, and the folder."""
+        if not self.first:
+            return
         for path in (*self.folder.glob(f"{MANIFEST}*"), *self.folder.glob("*.safetensors")):
             path.unlink()
         if self.folder.exists():
             self.folder.rmdir()
-
-
-@dataclass
-class Saved:
-    """Where a pass stood: its own data, and its tensors."""
-
-    about: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Log:
@@ -161,48 +173,47 @@ class Log:
         self.known = g.params()
         if self.journal is None or entry is None:
             return None
-        return Saved(entry["about"], self.journal.read(entry["position"]))
+        number = self.journal.ranks.number
+        return Saved(entry["abouts"][number], self.journal.read(entry["positions"][number]))
 
     def due(self) -> bool:
-        """Whether so much was done since the last saving that it is worth another."""
-        return self.journal is not None and time.monotonic() - self.last >= INTERVAL
+        """Whether so much was done since the last saving that it is worth another.
+
+        To be asked by all processes of a run, which get one answer.
+        """
+        late = time.monotonic() - self.last >= INTERVAL
+        return self.journal is not None and self.journal.ranks.agree(late)
 
     def save(self, g: Graph, saved: Saved) -> None:
-        """Keep where the pass stands: `saved`, and the parameters it has changed in `g`."""
-        if self.journal is None:
+        """Keep where the pass stands: `saved`, and the parameters it has changed in `g`.
+
+        All processes of a run are to call it, having done the same.
+        """
+        journal = self.journal
+        if journal is None:
             return
         now = g.params()
         changed = {name: t for name, t in now.items() if self.known.get(name) is not t}
-        entry = self.journal.passes.get(self.name, {"params": []})
-        files = [*entry["params"], *([self.journal.write(changed)] if changed else [])]
-        self.journal.passes[self.name] = {
-            "params": files,
-            "position": self.journal.write(saved.tensors),
-            "about": saved.about,
+        params = [journal.write(changed)] if changed and journal.first else []
+        position = journal.write(saved.tensors)
+        mine = {"params": params, "position": position, "number": journal.number}
+        files = [part.about for part in journal.ranks.gather(Saved(mine | {"about": saved.about}))]
+        journal.number = max(entry["number"] for entry in files)
+        before = journal.passes.get(self.name, {"params": []})
+        journal.passes[self.name] = {
+            "params": before["params"] + files[0]["params"],
+            "positions": [entry["position"] for entry in files],
+            "abouts": [entry["about"] for entry in files],
             "matched": list(g.matched),
             "skipped": list(g.skipped),
             "notes": list(g.notes),
         }
-        self.journal.publish()
+        journal.publish()
         self.known, self.last = now, time.monotonic()
 
 
 def _files(entry: Mapping[str, Any]) -> Iterable[str]:
-    return (*entry["params"], entry["position"])
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous host tensors, none of which shares memory with another."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        whole = value.untyped_storage().nbytes() == value.nbytes
-        if not whole or value.data_ptr() in seen:
-            value = value.clone()
-        seen.add(value.data_ptr())
-        apart[name] = value
-    return apart
+    return (*entry["params"], *entry["positions"])
 
 
 def _difference(old: Any, new: Any) -> str:

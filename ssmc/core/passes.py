@@ -35,6 +35,7 @@ from ssmc.catalogue import builtin_passes, plugin_passes
 from ssmc.core.graph import Graph
 from ssmc.core.journal import Journal, Log
 from ssmc.core.pattern import Match, Pattern
+from ssmc.core.ranks import Ranks
 from ssmc.errors import SsmcError, UsageError, did_you_mean
 
 Stage = Literal["analyse", "rewrite", "reconstruct", "calibrate", "quantise"]
@@ -118,7 +119,8 @@ class Context:
     `calibration` holds batches of inputs (each a tuple of tensors), `probe` one such batch;
     `progress(done, total)` reports how far a long pass is. `log` is where the running pass may keep
     how far it came, which `journal` writes to the disk, if there is one. `kernels` are functions in
-    the place of operators, by name, where the batches are run and there are faster ones.
+    the place of operators, by name, where the batches are run and there are faster ones. `ranks`
+    are the processes that share the batches.
     """
 
     calibration: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
@@ -126,6 +128,7 @@ class Context:
     seed: int = 0
     progress: typing.Callable[[int, int], None] = lambda done, total: None
     journal: Journal | None = None
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
     log: Log = dataclasses.field(default_factory=Log)
     kernels: typing.Mapping[str, typing.Callable[..., Any]] = dataclasses.field(
         default_factory=dict
@@ -143,6 +146,10 @@ class Context:
                 "no calibration text", hint="pass calibration=... or --calibration FILE.jsonl"
             )
         return self.calibration
+
+    def own(self) -> typing.Sequence[tuple[Any, ...]]:
+        """Those of the batches that this process takes; UsageError as above."""
+        return self.ranks.own(self.given())
 
     def batches(self) -> Iterator[tuple[Any, ...]]:
         """The calibration batches, one by one, reporting progress; UsageError as above."""

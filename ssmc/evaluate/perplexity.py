@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
 from ssmc.errors import NumericsError
 from ssmc.runtime.generate import Model, lend_decoder
 
@@ -49,22 +51,27 @@ def perplexity(
     mode: Mode = "prefill",
     batch: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on windows [n, length], the first token of each not scored.
 
     `model(ids, states=...)` gives logits [batch, length, vocabulary] and new states. In
     `recurrent` mode it sees one token at a time and carries the states, as in generation.
-    Windows are moved to the device of a compiled model. Raises NumericsError where the loss is not
-    finite.
+    Windows are moved to the device of a compiled model; `ranks` are processes that share them.
+    Raises NumericsError where the loss is not finite.
     """
+    ranks = ranks or Ranks()
     windows = windows.to(getattr(model, "device", windows.device))
     parts = []
     score = _prefill_loss if mode == "prefill" else _recurrent_loss
-    for start in range(0, len(windows), batch):
-        progress(start, len(windows))
+    starts = ranks.own(range(0, len(windows), batch))
+    for done, start in enumerate(starts):
+        progress(done * batch, len(starts) * batch)
         parts.append(score(model, windows[start : start + batch]))
-    progress(len(windows), len(windows))
-    losses = torch.cat(parts).double().mean(0)
+    progress(len(starts) * batch, len(starts) * batch)
+    mine = torch.cat(parts) if parts else windows[:0, 1:].float()
+    every = [part.tensors["losses"] for part in ranks.gather(Saved({}, {"losses": mine}))]
+    losses = torch.cat(every).double().mean(0)
     mean = losses.mean().item()
     if not math.isfinite(mean):
         raise NumericsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ import torch
 from torch import fx
 
 from ssmc.core import Context, Graph
-from ssmc.core.journal import Saved
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
 from ssmc.errors import NumericsError
 from ssmc.passes._staged import StagedRun, is_constant
 from ssmc.quant.observers import Observer
@@ -34,7 +36,7 @@ def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -
     run.restore(saved)
     if saved is not None:
         for node, observer in observers.items():
-            observer.restore(saved.about["tokens"][node.name], _of(saved.tensors, node.name))
+            _restore(observer, saved, node.name)
             observer.to(context.device)
     unchecked = {node: observers[node] for node in g.nodes if node in observers}
     for _, batches in run.stages():
@@ -43,6 +45,7 @@ def observe(g: Graph, observers: Mapping[fx.Node, Observer], context: Context) -
         _check(unchecked)
         if context.log.due():
             context.log.save(g, _position(run, observers))
+    _merge(observers, context.ranks)
     for observer in observers.values():
         observer.to(g.device or context.device)
 
@@ -67,11 +70,33 @@ def _stops(g: Graph, observed: Mapping[fx.Node, Any]) -> list[fx.Node]:
 
 
 def _position(run: StagedRun, observers: Mapping[fx.Node, Observer]) -> Saved:
-    saved = run.save()
-    saved.about["tokens"] = {node.name: observer.tokens for node, observer in observers.items()}
+    there, seen = run.save(), _observed(observers)
+    return Saved(there.about | seen.about, there.tensors | seen.tensors)
+
+
+def _observed(observers: Mapping[fx.Node, Observer]) -> Saved:
+    """What all observers keep."""
+    saved = Saved({"tokens": {node.name: observer.tokens for node, observer in observers.items()}})
     for node, observer in observers.items():
         saved.tensors |= {f"{node.name}|{key}": t for key, t in observer.tensors().items()}
     return saved
+
+
+def _restore(observer: Observer, saved: Saved, name: str) -> Observer:
+    observer.restore(saved.about["tokens"][name], _of(saved.tensors, name))
+    return observer
+
+
+def _merge(observers: Mapping[fx.Node, Observer], ranks: Ranks) -> None:
+    """Let each observer know what those of the other processes have seen."""
+    if ranks.count == 1:
+        return
+    parts = ranks.gather(_observed(observers))
+    for node, observer in observers.items():
+        first, *others = (_restore(copy.copy(observer), part, node.name) for part in parts)
+        for other in others:
+            first.merge(other)
+        observer.restore(first.tokens, first.tensors())
 
 
 def _of(tensors: Mapping[str, torch.Tensor], owner: str) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ssmc.core import Context, Graph
 from ssmc.core.dialect import operands, target_name
 from ssmc.core.graph import fetch
-from ssmc.core.journal import Saved
+from ssmc.core.saved import Saved
 from ssmc.core.state import States, fresh_states
 
 Values = dict[fx.Node, Any]
@@ -20,7 +20,7 @@ Seen = Callable[[fx.Node, Any], None]
 
 
 class StagedRun:
-    """The calibration batches in a graph, stopping in front of each of `stops` in turn.
+    """This process's calibration batches in a graph, stopping in front of each of `stops` in turn.
 
     Every call before the last of them runs once for each batch, with the parameters as they are
     when it is its turn, and `seen` is shown its value. Parameters are read once for all batches,
@@ -110,7 +110,7 @@ class StagedRun:
         fresh = functools.cache(functools.partial(fresh_states, self.g.states))
         return [
             self._start(batch, fresh(len(batch[0]), self.context.device, self.g.tokens(batch)))
-            for batch in self.context.given()
+            for batch in self.context.own()
         ]
 
     def _start(self, batch: tuple[Any, ...], states: States) -> Values:

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
-from ssmc.core.journal import Saved
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
 from ssmc.errors import NumericsError, PassError, UsageError
 from ssmc.passes._qdq import QuantisedWeight
 from ssmc.passes._staged import StagedRun
@@ -22,6 +23,8 @@ from ssmc.quant.descent import descend
 from ssmc.quant.gptq import Hessian, corrected, gptq
 from ssmc.quant.weights import WeightFormat
 
+ROWS = 2048
+"""Rows of a matrix that are rounded together."""
 Part = tuple[Tensor, Tensor, Hessian]
 """A matrix, what is rounded in its place, and the Hessian of its inputs."""
 
@@ -83,12 +86,12 @@ class Gptq(Pass):
         for linear, batches in run.inputs():
             weight = chosen[linear]
             value = weight.weight.to(context.device)
-            if linear in matrices:
-                with _named(linear):
-                    parts = [self._corrected(value, batches, next(expected))]
-            else:
-                parts = _parts(value, batches)
-            left.append(self._round(g, linear, weight, parts))
+            with _named(linear):
+                if linear in matrices:
+                    parts = [self._corrected(value, batches, next(expected), context.ranks)]
+                else:
+                    parts = _parts(value, batches, context.ranks)
+                left.append(self._round(g, linear, weight, parts, context.ranks))
             if context.log.due():
                 context.log.save(g, _position(run, exact, left))
         if left:
@@ -125,24 +128,66 @@ class Gptq(Pass):
         return False
 
     def _corrected(
-        self, weight: Tensor, batches: Iterator[Tensor], expected: Iterator[Tensor]
+        self, weight: Tensor, batches: Iterator[Tensor], expected: Iterator[Tensor], ranks: Ranks
     ) -> Part:
         """The weight that makes up for errors before it, to be rounded in place of `weight`."""
-        hessian = Hessian(weight.shape[1], weight.device)
-        outputs = torch.zeros_like(weight, dtype=torch.float64)
+        hessian = Hessian(weight.shape[1], weight.device, later=ranks.count > 1)
+        outputs, terms = torch.zeros_like(weight, dtype=torch.float64), []
         for x, y in zip(batches, expected, strict=True):
             hessian.add(x)
-            outputs += y.flatten(0, -2).T @ x.flatten(0, -2)
+            terms.append(y.flatten(0, -2).T @ x.flatten(0, -2))
+            if not hessian.later:
+                outputs += terms.pop()
+        _settle(hessian, ranks)
+        ranks.add_up(outputs, terms)
         return weight, corrected(weight, hessian, outputs, self.damping), hessian
 
     def _round(
-        self, g: Graph, linear: fx.Node, weight: QuantisedWeight, parts: Sequence[Part]
+        self,
+        g: Graph,
+        linear: fx.Node,
+        weight: QuantisedWeight,
+        parts: Sequence[Part],
+        ranks: Ranks,
     ) -> float:
         """The squared error of the layer's outputs, as a share of that of nearest integers."""
-        with _named(linear):
-            found = [self._choose(*part, weight.form) for part in parts]
-        integers, scales, lefts, errors = zip(*found, strict=True)
-        left, nearest = sum(lefts), sum(errors)
+        jobs = [(part, rows) for part in range(len(parts)) for rows in _tiles(weight)]
+        mine = range(ranks.number, len(jobs), ranks.count)
+        done = Saved({}, {})
+        for job in mine:
+            part, rows = jobs[job]
+            q, scale, *errors = self._choose(*parts[part], rows, weight.form)
+            done.about[str(job)] = errors
+            done.tensors |= {f"q{job}": q, f"s{job}": scale}
+        found = ranks.gather(done)
+        all_of = Saved({}, {})
+        for one in found:
+            all_of.about |= one.about
+            all_of.tensors |= one.tensors
+        return self._write(g, linear, weight, parts, all_of)
+
+    def _write(
+        self,
+        g: Graph,
+        linear: fx.Node,
+        weight: QuantisedWeight,
+        parts: Sequence[Part],
+        found: Saved,
+    ) -> float:
+        """Put in place what was found for each tile of rows, where a matrix errs less with it."""
+        tiles = len(_tiles(weight))
+        integers, scales = [], []
+        left = nearest = 0.0
+        for number, (matrix, _, _) in enumerate(parts):
+            jobs = range(number * tiles, (number + 1) * tiles)
+            lefts, errors = (sum(found.about[str(j)][i] for j in jobs) for i in (0, 1))
+            if lefts < errors:
+                integers += [found.tensors[f"q{job}"].to(matrix.device) for job in jobs]
+                scales += [found.tensors[f"s{job}"].to(matrix.device) for job in jobs]
+            else:
+                scales.append(weight.form.scales(matrix))
+                integers.append(weight.form.round(matrix, scales[-1]))
+            left, nearest = left + min(lefts, errors), nearest + errors
         if not left < nearest:
             g.skip(linear, "nearest integers err no more")
             return 1.0
@@ -151,9 +196,10 @@ class Gptq(Pass):
         return left / nearest
 
     def _choose(
-        self, weight: Tensor, value: Tensor, hessian: Hessian, form: WeightFormat
+        self, weight: Tensor, value: Tensor, hessian: Hessian, rows: slice, form: WeightFormat
     ) -> tuple[Tensor, Tensor, float, float]:
-        """Integers and scales of a matrix, the error they leave, and that of nearest integers."""
+        """Integers and scales of rows, the error they leave, and that of nearest integers."""
+        weight, value = weight[rows], value[rows]
         s = form.scales(weight)
         nearest = form.round(weight, s)
         error = hessian.error(form.values(nearest, s) - value)
@@ -161,8 +207,20 @@ class Gptq(Pass):
             return nearest, s, error, error
         q, scale = gptq(value, hessian, form, self.damping, self.act_order)
         q, scale = descend(value, q, scale, hessian, form, self.damping, self.sweeps)
-        left = hessian.error(form.values(q, scale) - value)
-        return (q, scale, left, error) if left < error else (nearest, s, error, error)
+        return q, scale, hessian.error(form.values(q, scale) - value), error
+
+
+def _tiles(weight: QuantisedWeight) -> list[slice]:
+    """Rows of a matrix that are rounded together, whatever the number of processes."""
+    count = weight.weight.shape[-2]
+    size = count if weight.form.tensor else ROWS  # of a scale for all, all have to know
+    return [slice(first, first + size) for first in range(0, count, size)]
+
+
+def _settle(hessian: Hessian, ranks: Ranks) -> None:
+    """Add up what the batches of all processes gave."""
+    ranks.add_up(hessian.matrix, hessian.terms)
+    hessian.terms.clear()
 
 
 def _outputs(exact: StagedRun) -> Iterator[Iterator[Tensor]]:
@@ -190,10 +248,11 @@ def _experts(weight: QuantisedWeight) -> bool:
     return weight.weight.dim() > 2
 
 
-def _parts(weight: Tensor, batches: Iterator[Any]) -> list[Part]:
+def _parts(weight: Tensor, batches: Iterator[Any], ranks: Ranks) -> list[Part]:
     """A weight with its inputs; of stacked experts each, with those of the tokens that chose it."""
     *experts, _, width = weight.shape
-    hessians = [Hessian(width, weight.device) for _ in range(*experts or (1,))]
+    count = experts[0] if experts else 1
+    hessians = [Hessian(width, weight.device, later=ranks.count > 1) for _ in range(count)]
     for given in batches:
         if not experts:
             hessians[0].add(given)
@@ -202,7 +261,9 @@ def _parts(weight: Tensor, batches: Iterator[Any]) -> list[Part]:
         each = x.unsqueeze(2).expand(*index.shape, width) if x.dim() == 3 else x
         for expert, hessian in enumerate(hessians):
             hessian.add(each[index == expert])
-    matrices = weight.view(len(hessians), -1, width)
+    for hessian in hessians:
+        _settle(hessian, ranks)
+    matrices = weight.view(count, -1, width)
     return [(m, m, hessian) for m, hessian in zip(matrices, hessians, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ssmc.core import Context, Graph, Pass, is_call, register
 from ssmc.core.dialect import operands
-from ssmc.core.journal import Saved
+from ssmc.core.saved import Saved
 from ssmc.errors import UsageError
 from ssmc.passes._blocks import Block, Call, Stream, blocks, plain
 from ssmc.passes._fit import Fit, Schedule

@@ -18,16 +18,36 @@ BLOCK = 128
 class Hessian:
     """X X' over the inputs of a linear layer, [K, K] float64: the Hessian of its squared error.
 
-    That has a factor of two (section 3), which changes nothing.
+    That has a factor of two (section 3), which changes nothing. `later` leaves what batches add in
+    `terms`, for who is to add them up in an order of his own.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", later: bool = False) -> None:
         self.matrix = torch.zeros((width, width), dtype=torch.float64, device=device)
+        self.later = later
+        self.terms: list[Tensor] = []
+        self._factors: dict[tuple[float, bool], tuple[Tensor, Tensor]] = {}
 
     def add(self, x: Tensor) -> None:
         """Take in inputs [..., K]; sums of a batch are float32."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.matrix += x.T @ x
+        if self.later:
+            self.terms.append(x.T @ x)
+        else:
+            self.matrix += x.T @ x
+        self._factors.clear()
+
+    def factor(self, damping: float, act_order: bool) -> tuple[Tensor, Tensor]:
+        """The order in which columns are taken, and the factor of the inverse in that order."""
+        key = (damping, act_order)
+        if key not in self._factors:
+            diagonal = self.matrix.diagonal()
+            columns = torch.arange(len(diagonal), device=diagonal.device)
+            if act_order:
+                columns = diagonal.argsort(descending=True, stable=True)
+            damped = self.damped(damping)[columns][:, columns]
+            self._factors[key] = columns, _inverse_factor(damped, damping).float()
+        return self._factors[key]
 
     def damped(self, damping: float) -> Tensor:
         """X X' with `damping` times the mean of its diagonal added to the diagonal."""
@@ -55,11 +75,7 @@ def gptq(
     the columns by decreasing diagonal, as the authors' code can; scales are then those of the
     weight as it was. NumericsError where the damped Hessian is not positive definite.
     """
-    diagonal = hessian.matrix.diagonal()
-    columns = torch.arange(len(diagonal), device=weight.device)
-    if act_order:
-        columns = diagonal.argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian.damped(damping)[columns][:, columns], damping).float()
+    columns, factor = hessian.factor(damping, act_order)
     scale = form.scales(weight)
     group = columns // (weight.shape[1] // scale.shape[1])
     renew = form.group is not None and not act_order

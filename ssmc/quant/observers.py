@@ -55,8 +55,8 @@ class Observer(ABC):
     def restore(self, tokens: int, tensors: Mapping[str, Tensor]) -> None:
         """Become what an observer was when it had seen so many tokens and kept these `tensors`."""
         self.tokens = tokens
-        for name, value in tensors.items():
-            setattr(self, name, value)
+        for name in self.kept:
+            setattr(self, name, tensors.get(name))
 
     def to(self, device: torch.device) -> None:
         """Move what is kept."""
