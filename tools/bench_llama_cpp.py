@@ -1,13 +1,13 @@
-"""Speed and peak memory of a compiled model on a CPU beside llama.cpp, in turns, and the ratios.
+"""Speed, peak memory and perplexity of a compiled model on a CPU beside llama.cpp, in turns.
 
     python tools/bench_llama_cpp.py ../models/mamba-5m 130m --threads 2
 
-A model is a Hugging Face folder or a published size (random weights). llama.cpp is that
-in the source distribution of llama-cpp-python on PyPI, built by gcc and a CMake from PyPI in a
-folder of its own (ten minutes at first); it is given the model converted by its own script to
---format, without a vocabulary. Each side runs in processes of its own: a prompt of 512 tokens up to
-its last logits, and 128 single steps. The table has the medians over the rounds, and ours over
-theirs (memory: the peak of the process, libraries and all).
+A model is a Hugging Face folder or a published size (random weights). llama.cpp is built by
+tools/llama_cpp_build.py; it is given what `ssmc export --format gguf --type TYPE` writes of the
+float model. Each side runs in processes of its own: a prompt of 512 tokens up to its last logits,
+and 128 single steps. The table has the medians over the rounds, and ours over theirs (memory: the
+peak of the process, libraries and all). Where the model has a tokenizer, the last line is
+perplexity, on 16 windows of the embedded text.
 """
 
 from __future__ import annotations
@@ -19,30 +19,13 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
-VERSION = "0.3.36"  # of llama-cpp-python
-PROMPT, TOKENS = 512, 128
-OPTIONS = ("AMX_TILE", "AMX_INT8", "AMX_BF16")  # with AMX its quantised models crashed
-CONVERT = """
-import runpy, sys
-sys.path[:0] = [{source!r}, {source!r} + "/gguf-py"]
-import conversion
-from conversion.base import TextModel
-def without_vocabulary(self):
-    self._set_vocab_none()
-    self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
-found = conversion.get_model_class
-def get_model_class(*args, **kwargs):
-    made = found(*args, **kwargs)
-    made.set_vocab = without_vocabulary
-    return made
-conversion.get_model_class = get_model_class
-sys.argv = ["convert_hf_to_gguf.py", {model!r}, "--outfile", {out!r}, "--outtype", {format!r}]
-runpy.run_path({source!r} + "/convert_hf_to_gguf.py", run_name="__main__")
-"""
+from llama_cpp_build import LlamaCpp, build_llama_cpp, run
+from perplexity_llama_cpp import cut, our_perplexity, their_reading
+
+PROMPT, TOKENS, WINDOWS = 512, 128, 16
 
 
 def main() -> None:
@@ -52,19 +35,16 @@ def main() -> None:
         print(json.dumps(_measure(arguments.measure, arguments.threads)))
         return
     if arguments.prepare:
-        _prepare(arguments.models[0], arguments.prepare)
+        _prepare(arguments.models[0], arguments.prepare, arguments)
         return
-    build = arguments.build.resolve()
-    program = build_llama_cpp(build)
+    built = build_llama_cpp(arguments.build)
     for model in arguments.models:
-        name = Path(model).name
-        random = not Path(model).is_dir()
-        folder = build / "models" / name if random else Path(model).resolve()
-        artefact = build / "models" / f"{name}-int8"
-        if not artefact.exists():  # in another process: a child's peak begins with its parent's
-            _run(sys.executable, __file__, model, "--prepare", artefact)
-        gguf = _convert(folder, build, arguments.format)
-        _compare(model, program, gguf, artefact, arguments)
+        folder = built.folder / "models" / Path(model).name
+        if not _scores(folder, arguments.type).exists():
+            # In another process: a child's peak begins with its parent's.
+            words = ("--type", arguments.type, "--build", built.folder)
+            run(sys.executable, __file__, model, "--prepare", folder, *words)
+        _compare(model, built, folder, arguments)
 
 
 def _arguments() -> Any:
@@ -72,85 +52,76 @@ def _arguments() -> Any:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--format", default="q8_0", help="f32, f16 or q8_0")
+    parser.add_argument("--type", default="q8_0", help="llama.cpp's: f32, f16 or q8_0")
     parser.add_argument("--build", type=Path, default=Path("build/llama.cpp"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def build_llama_cpp(build: Path) -> Path:
-    """The program llama-bench in the folder `build`, built there unless it is there."""
-    program = build / "cmake" / "bin" / "llama-bench"
-    if program.exists():
-        return program
-    environment, scripts = build / "venv", build / "venv" / "bin"
-    if not environment.exists():
-        venv.create(environment, with_pip=True)
-    pip = (scripts / "pip", "--quiet")
-    _run(*pip, "install", "cmake", "scikit-build-core")
-    source = f"llama-cpp-python=={VERSION}"
-    flags = ("--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python")
-    _run(*pip, "download", *flags, "--dest", build, source)
-    _run("tar", "-xf", build / f"llama_cpp_python-{VERSION}.tar.gz", "-C", build)
-    off = ("CURL", "OPENSSL", "BUILD_TESTS", "BUILD_SERVER", "BUILD_EXAMPLES")
-    _run(
-        scripts / "cmake", "-S", _source(build), "-B", build / "cmake", "-DGGML_NATIVE=ON",
-        "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF",
-        *(f"-DLLAMA_{name}=OFF" for name in off), *(f"-DGGML_{name}=OFF" for name in OPTIONS),
-    )  # fmt: skip
-    target = ("--target", "llama-bench", "--parallel", str(os.cpu_count()))
-    _run(scripts / "cmake", "--build", build / "cmake", *target)
-    return program
+def _artefact(folder: Path) -> Path:
+    return folder / "int8"
 
 
-def _source(build: Path) -> Path:
-    return build / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp"
+def _file(folder: Path, type: str) -> Path:
+    return folder / f"float-{type}.gguf"
 
 
-def _run(*command: str | Path) -> None:
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+def _scores(folder: Path, type: str) -> Path:
+    """Perplexities, the last thing that is prepared of a model."""
+    return folder / f"perplexity-{type}.json"
 
 
-def _prepare(model: str, artefact: Path) -> None:
-    """Compile a model; one of a published size is written as a Hugging Face folder first."""
+def _prepare(model: str, folder: Path, arguments: Any) -> None:
+    """Compile a model in int8, and in float for the file that llama.cpp gets; score both."""
     import torch
 
     import ssmc
     from ssmc.bench.random_model import compile_random, random_recipe
     from ssmc.bench.sizes import find_size
+    from ssmc.export import export
 
+    exact: dict[str, Any] = {"passes": "", "scheme": "none"}
     if Path(model).is_dir():
-        ssmc.compile(model, samples=16, length=256).save(artefact)
-        return
-    size, recipe = find_size(model), random_recipe("w8a8", None, "cpu", 0)
-    torch.manual_seed(0)
-    size.module("cpu").save_pretrained(artefact.parent / model)  # type: ignore[operator]
-    compile_random(size, recipe, torch.device("cpu")).save(artefact)
+        int8 = ssmc.compile(model, samples=16, length=256)
+        plain = ssmc.compile(model, samples=1, length=64, **exact)
+    else:
+        size, recipe = find_size(model), random_recipe("w8a8", None, "cpu", 0)
+        torch.manual_seed(0)
+        int8 = compile_random(size, recipe, torch.device("cpu"))
+        ids = torch.zeros(1, 8, dtype=torch.int64)
+        plain = ssmc.compile(size.module("cpu"), ids, calibration=ids, **exact)
+    int8.save(_artefact(folder), force=True)
+    plain.save(folder / "float", force=True)
+    file = _file(folder, arguments.type)
+    export(folder / "float", file, "gguf", type=arguments.type, force=True)
+    scores = {}
+    if int8.tokenizer is not None:
+        text = cut(int8, None, WINDOWS)
+        theirs, _ = their_reading(build_llama_cpp(arguments.build), file, text, arguments.threads)
+        scores = {"ssmc": our_perplexity(int8, text), "llama.cpp": theirs}
+    _scores(folder, arguments.type).write_text(json.dumps(scores))
 
 
-def _convert(folder: Path, build: Path, format: str) -> Path:
-    out = build / "models" / f"{folder.name}-{format}.gguf"
-    if not out.exists():
-        names = {"source": str(_source(build)), "model": str(folder), "out": str(out)}
-        _run(sys.executable, "-c", CONVERT.format(**names, format=format))
-    return out
-
-
-def _compare(model: str, program: Path, gguf: Path, artefact: Path, arguments: Any) -> None:
+def _compare(model: str, built: LlamaCpp, folder: Path, arguments: Any) -> None:
+    file, artefact = _file(folder, arguments.type), _artefact(folder)
     theirs: list[dict[str, float]] = []
     ours: list[dict[str, float]] = []
     for _ in range(arguments.rounds):
-        theirs.append(_their_run(program, gguf, arguments.threads))
+        theirs.append(_their_run(built.bench, file, arguments.threads))
         command = (sys.executable, __file__, "--measure", artefact, "--threads", arguments.threads)
         output, memory = _measured(*command)
         ours.append(json.loads(output) | {"memory": memory})
     print(f"{model}, {arguments.threads} threads, medians of {arguments.rounds} rounds")
-    print(f"{'':24}{'ssmc int8':>12}{'llama.cpp ' + arguments.format:>18}{'ratio':>8}")
+    print(f"{'':24}{'ssmc int8':>12}{'llama.cpp ' + arguments.type:>18}{'ratio':>8}")
     units = {"prefill": "prefill, tok/s", "decode": "decode, tok/s", "memory": "peak memory, MB"}
     for key, unit in units.items():
         one, other = (statistics.median(run[key] for run in runs) for runs in (ours, theirs))
         print(f"{unit:24}{one:12.0f}{other:18.0f}{one / other:8.2f}", flush=True)
+    scores = json.loads(_scores(folder, arguments.type).read_text())
+    if scores:
+        one, other = scores["ssmc"], scores["llama.cpp"]
+        print(f"{'perplexity':24}{one:12.3f}{other:18.3f}{one / other:8.4f}", flush=True)
 
 
 def _their_run(program: Path, gguf: Path, threads: int) -> dict[str, float]:
