@@ -9,6 +9,7 @@ its names count, and torch goes by their order.)
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ssmc.core import Graph
 from ssmc.core.exported import dynamic_extents, export_marked
 from ssmc.errors import UsageError
 from ssmc.lowering import lower
+from ssmc.ops.registry import FLOAT32_MAX
 from ssmc.runtime import Artefact
 from ssmc.runtime.artefact import TOKENIZER, Kind, write_json
 from ssmc.runtime.graph_json import dtype_name
@@ -54,12 +56,21 @@ def export_graph(g: Graph) -> ExportedProgram:
 
 
 def _clean(module: fx.GraphModule) -> None:
-    """Drop what names this machine: lines of its files, and assertions of the device traced on."""
+    """Leave out what names this machine, and infinity, which AOTInductor writes and cannot read.
+
+    Of this machine are lines of its files, and assertions of the device that was traced on. Where
+    infinity is a bound of float32 values, their largest is as good.
+    """
     for node in list(module.graph.nodes):
         node.meta.pop("stack_trace", None)
+        node.args = tuple(_finite(value) for value in node.args)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
     module.recompile()
+
+
+def _finite(value: Any) -> Any:
+    return FLOAT32_MAX if value == math.inf else value
 
 
 def reason(error: Exception) -> str:

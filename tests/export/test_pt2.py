@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_logits_and_states_of_a_hybrid_are_those_of_the_reference(
 
 def test_states_that_are_rounded_by_chance_are_those_of_the_reference(tmp_path: Path) -> None:
     passes = "hadamard,percentile,state{bits=8,rounding=stochastic}"
-    artefact = compile_tiny("mamba2-groups", passes).save(tmp_path / "artefact")
+    artefact = compile_tiny("mamba2", passes).save(tmp_path / "artefact")
     out = export(artefact, tmp_path / "out", "pt2").out
     check_bits(torch.export.load(out / MODEL).module(), reference(artefact))
 
@@ -183,6 +184,30 @@ def test_a_file_says_nothing_of_the_machine_and_has_no_pickled_tensor(
     assert len(contents["data/sample_inputs/model.pt"]) < 2000  # where torch says there are none
     again = export(demo_folder, tmp_path / "again", "pt2").out
     assert (again / MODEL).read_bytes() == (demo / MODEL).read_bytes()
+
+
+class Scan(nn.Module):
+    """A layer with a scan whose step sizes have no bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.A = nn.Parameter(-torch.rand(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.proj(x).unflatten(2, (2, 4))
+        shared = heads[:, :, :1]
+        return ssmc.ops.ssd_scan(heads, heads[..., 0], self.A, shared, shared)[0]
+
+
+def test_a_module_of_ones_own_has_no_infinity_that_inductor_could_not_read(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 8)
+    compiled = ssmc.compile(Scan(), x, calibration=torch.randn(4, 5, 8))
+    compiled.save(tmp_path / "scan")
+    program = torch.export.load(export(tmp_path / "scan", tmp_path / "out", "pt2").out / MODEL)
+    assert any(math.inf in node.args for node in compiled.lowered.graph.nodes)
+    assert not any(math.inf in node.args for node in program.graph.nodes)
+    assert torch.equal(program.module()(x, [])[0], reference(tmp_path / "scan")(x)[0])
 
 
 class Twice(nn.Module):
