@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from ssmc.core.graph import Graph, check_finite
+from ssmc.core import dialect
+from ssmc.core.graph import Graph, check_finite, infer
 from ssmc.core.state import StateSpec
 from ssmc.errors import NumericsError, PassError
 from ssmc.frontend import trace
@@ -79,6 +80,31 @@ def test_call_infers_value_and_takes_owner_and_layer() -> None:
     assert half.meta["val"].shape == out_proj.args[0].meta["val"].shape  # type: ignore[union-attr]
     assert (half.meta["owner"], half.meta["layer"]) == ("backbone.layers.1.mixer.out_proj", 1)
     assert half.next is out_proj
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("softmax", (X, -1)), ("softmax", (X, 1)), ("sum", (X, 2)), ("sum", (X, -1, True)),
+        ("sum", (X, -3, True)), ("mean", (X, -2, False)), ("sum", (X.long(), 1)),
+        ("add", (X.long(), 3)), ("mul", (X.long(), X.long()[:1])), ("add", (X.long(), 0.5)),
+        ("truediv", (X.long(), 2)), ("add", (X > 0, X > 1)), ("sub", (X.int(), X.long())),
+        ("sum", (X, [0, 1])), ("mean", (X, -1, True)),
+    ],
+)  # fmt: skip
+def test_values_are_inferred_as_torch_gives_them(name: str, args: tuple[Any, ...]) -> None:
+    expected = dialect.FUNCTIONS[name](*args)
+    given = fx.Graph()
+    nodes = []
+    for value in args:
+        if isinstance(value, Tensor):
+            nodes.append(given.placeholder("x"))
+            nodes[-1].meta["val"] = value.to("meta")
+        else:
+            nodes.append(value)
+    found = infer(given.call_function(dialect.FUNCTIONS[name], tuple(nodes)))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert found.is_meta
 
 
 def test_replace_spares_the_new_node_and_drops_the_old() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from frontend.models import tokens
@@ -55,6 +59,19 @@ def test_steps_of_attention_and_experts_are_one_list_of_kernels(
     session.step(tokens(2, 1))
     (recording,) = session._recordings.values()
     assert [type(part) for part in recording.tape.parts] == [list]  # type: ignore[union-attr]
+
+
+def test_a_step_needs_no_compiler_of_torch(tmp_path: Path) -> None:
+    compile_tiny("jamba", PASSES["jamba"]).save(tmp_path / "out")
+    code = f"""
+import sys, torch, ssmc.runtime
+session = ssmc.runtime.load({str(tmp_path / "out")!r}, "cpu", "cpu").session(1)
+session.prefill(torch.ones(1, 5, dtype=torch.int64))
+session.step(torch.ones(1, 1, dtype=torch.int64))
+print(sorted({{"sympy", "torch._dynamo", "transformers", "triton"}} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout == "[]\n", ran.stderr
 
 
 def test_tapes_are_recorded_anew_when_caches_move() -> None:
