@@ -19,7 +19,8 @@ from torch import Tensor
 from ssmc.errors import UsageError
 from ssmc.export import Exported
 from ssmc.export.checkpoint import Checkpoint, read_checkpoint
-from ssmc.export.gguf_models import Fields, architecture, named
+from ssmc.export.gguf_fields import Fields
+from ssmc.export.gguf_models import architecture, named
 from ssmc.export.gguf_vocabulary import vocabulary
 from ssmc.runtime import Artefact
 from ssmc.runtime.artefact import whole_file

@@ -1,4 +1,4 @@
-"""What llama.cpp calls a model's tensors and sizes, and how it lays them out.
+"""What llama.cpp calls a model's tensors, and how it lays them out.
 
 The names are those of the GGUF specification; the layouts, and what the graph of an architecture
 has no place for, those of llama.cpp (`src/models/` in its sources).
@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from ssmc.errors import UnsupportedError
+from ssmc.export import gguf_fields
 from ssmc.export.checkpoint import Checkpoint
+from ssmc.export.gguf_fields import Fields
 
-Fields = dict[str, Any]
 Change = Callable[[Tensor, Any], Tensor]
-UNBOUNDED = 2**20
-"""The context length of models that have none."""
-ROTARY = ("default", "linear", "llama3")
-"""Rotary embeddings whose frequencies are the same at every length."""
 
 
 @dataclass(frozen=True)
@@ -158,108 +155,6 @@ def _frequencies(found: Checkpoint) -> dict[str, Tensor]:
     return {"rope_freqs.weight": factors.float()}
 
 
-# -- what a configuration is in metadata, and what has no place -------------------------------
-
-
-def _mixer(config: Any) -> Fields:
-    return {
-        "context_length": UNBOUNDED,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": 0,
-        "attention.head_count": 0,
-        "block_count": config.num_hidden_layers,
-        "ssm.conv_kernel": config.conv_kernel,
-        "ssm.state_size": config.state_size,
-        "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
-    }
-
-
-def _mamba(config: Any) -> Fields:
-    return _mixer(config) | {
-        "ssm.inner_size": config.intermediate_size,
-        "ssm.time_step_rank": int(config.time_step_rank),
-        "ssm.dt_b_c_rms": config.model_type == "falcon_mamba",
-    }
-
-
-def _mamba2(config: Any) -> Fields:
-    return _mixer(config) | {
-        "ssm.inner_size": config.num_heads * config.head_dim,
-        "ssm.time_step_rank": config.num_heads,
-        "ssm.group_count": config.n_groups,
-    }
-
-
-def _transformer(config: Any) -> Fields:
-    return {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "block_count": config.num_hidden_layers,
-        "attention.head_count": config.num_attention_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-    }
-
-
-def _llama(config: Any) -> Fields:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _transformer(config) | {
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head,
-        "attention.value_length": head,
-        "rope.dimension_count": head,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-    }
-
-
-def _jamba(config: Any) -> Fields:
-    kinds = config.layers_block_type
-    heads = [config.num_key_value_heads if kind == "attention" else 0 for kind in kinds]
-    experts = {
-        "expert_count": config.num_experts,
-        "expert_used_count": config.num_experts_per_tok,
-    }
-    return _transformer(config) | {
-        "attention.head_count_kv": heads,
-        "ssm.conv_kernel": config.mamba_d_conv,
-        "ssm.inner_size": config.mamba_expand * config.hidden_size,
-        "ssm.state_size": config.mamba_d_state,
-        "ssm.time_step_rank": int(config.mamba_dt_rank),
-    } | (experts if config.num_experts > 1 else {})  # fmt: skip
-
-
-def _unfit(config: Any) -> Iterator[str]:
-    if config.hidden_act not in ("silu", "swish"):
-        yield f"its activation is silu, not {config.hidden_act}"
-
-
-def _unfit_mamba(config: Any) -> Iterator[str]:
-    yield from _unfit(config)
-    fields = ARCHITECTURES[config.model_type].fields(config)
-    if fields["ssm.inner_size"] != 2 * config.hidden_size:
-        yield f"its mixers are twice as wide as the model, not {fields['ssm.inner_size']}"
-
-
-def _unfit_mamba2(config: Any) -> Iterator[str]:
-    yield from _unfit(config)
-    low, high = config.time_step_limit
-    if low > 0 or high != float("inf"):
-        yield f"it has no limits of the time step ({low}, {high})"
-
-
-def _unfit_llama(config: Any) -> Iterator[str]:
-    yield from _unfit(config)
-    kind = config.rope_parameters["rope_type"]
-    if kind not in ROTARY:
-        yield f"its rotary embeddings are {', '.join(ROTARY)}, not {kind}"
-
-
-def _one_epsilon(config: Any) -> Iterator[str]:
-    mine, theirs = config.mixer_rms_eps, config.layer_norm_epsilon
-    if mine != theirs:
-        yield f"norms in front of scans have an epsilon of {theirs}, in the model {mine}"
-
-
 # -- names ------------------------------------------------------------------------------------
 
 
@@ -319,26 +214,26 @@ _CHANGES: dict[str, Change] = {"ssm_a": _negative_exp, "ssm_conv1d.weight": _wit
 _MAMBA1 = Architecture(
     name="mamba",
     names=_BACKBONE | _within("mixer", _SELECTIVE),
-    fields=_mamba,
+    fields=gguf_fields.mamba,
     changes=_CHANGES,
-    unfit=_unfit_mamba,
+    unfit=gguf_fields.unfit_mamba,
     extra=_no_bias,
 )
 
 ARCHITECTURES = {
     "mamba": _MAMBA1,
-    "falcon_mamba": replace(_MAMBA1, notes=_one_epsilon),
+    "falcon_mamba": replace(_MAMBA1, notes=gguf_fields.one_epsilon),
     "mamba2": Architecture(
         name="mamba2",
         names=_BACKBONE | _within("mixer", _SSD),
-        fields=_mamba2,
+        fields=gguf_fields.mamba2,
         changes={
             **_CHANGES,
             "ssm_a": lambda a_log, config: _column(_negative_exp(a_log, config), config),
             "ssm_d": _column,
             "ssm_norm.weight": _grouped,
         },
-        unfit=_unfit_mamba2,
+        unfit=gguf_fields.unfit_mamba2,
         extra=_no_bias,
     ),
     "jamba": Architecture(
@@ -351,9 +246,9 @@ ARCHITECTURES = {
             **_within("self_attn", _weights(_ATTENTION)),
             **_within("feed_forward", _weights(_MLP) | _EXPERTS),
         },
-        fields=_jamba,
+        fields=gguf_fields.jamba,
         changes={**_CHANGES, "ffn_gate_exps.weight": _gate, "ffn_up_exps.weight": _up},
-        unfit=_unfit_mamba,
+        unfit=gguf_fields.unfit_jamba,
         extra=_no_bias,
     ),
     "llama": Architecture(
@@ -365,13 +260,13 @@ ARCHITECTURES = {
             **_within("self_attn", _weights(_ATTENTION) | _biases(_ATTENTION)),
             **_within("mlp", _weights(_MLP) | _biases(_MLP)),
         },
-        fields=_llama,
+        fields=gguf_fields.llama,
         changes={
             f"{layer}.{kind}": change
             for layer, change in (("attn_q", _queries), ("attn_k", _keys))
             for kind in ("weight", "bias")
         },
-        unfit=_unfit_llama,
+        unfit=gguf_fields.unfit_llama,
         extra=_frequencies,
     ),
 }

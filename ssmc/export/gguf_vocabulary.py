@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssmc.export.gguf_models import Fields
+from ssmc.export.gguf_fields import Fields
 from ssmc.runtime import Artefact
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType

@@ -24,6 +24,10 @@ from ssmc.export import Exported, export
 from ssmc.export.checkpoint import read_checkpoint
 from ssmc.runtime import CompiledModel
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 UNBOUNDED = {"time_step_limit": (0.0, float("inf"))}
 TINY = [
     ("mamba", {}),
@@ -31,7 +35,9 @@ TINY = [
     ("mamba2", UNBOUNDED),
     ("mamba2-groups", UNBOUNDED),
     ("jamba", {}),
+    ("jamba", {"num_experts": 1, "num_experts_per_tok": 1}),
     ("llama", {}),
+    ("llama", {"rope_parameters": LLAMA3}),
     ("llama-biases", {}),
 ]
 
@@ -95,7 +101,7 @@ def model_of(path: Path, like: nn.Module) -> Any:
     return module
 
 
-@pytest.mark.parametrize(("name", "changes"), TINY, ids=[name for name, _ in TINY])
+@pytest.mark.parametrize(("name", "changes"), TINY)
 def test_a_file_is_the_model(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = build(name, **changes)
     made, done = written(model, tmp_path, "f32", passes="hadamard{residual=true}")
@@ -277,7 +283,7 @@ def in_llama_cpp(path: Path, ids: list[int]) -> Tensor:
     return torch.from_numpy(np.array(model.scores[: len(ids)]))
 
 
-@pytest.mark.parametrize(("name", "changes"), TINY, ids=[name for name, _ in TINY])
+@pytest.mark.parametrize(("name", "changes"), TINY)
 def test_llama_cpp_gives_the_logits(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     made, done = written(build(name, **changes), tmp_path, "f32", "hadamard{residual=true}")
