@@ -63,7 +63,7 @@ class Session:
         self._check(ids)
         with running_on(self.device):
             self._make_room(ids.shape[1])
-            for piece in ids.to(self.device).split(self._cut(ids.shape[1]), 1):
+            for piece in self._cut(ids.to(self.device)):
                 logits = self._advance(piece)
         return logits
 
@@ -169,10 +169,14 @@ class Session:
         if ids.shape[1] == 0:
             raise UsageError("the prompt is empty", hint="give at least one token")
 
-    def _cut(self, length: int) -> int | list[int]:
+    def _cut(self, ids: Tensor) -> Sequence[Tensor]:
+        """The pieces in which ids [batch, length] run."""
+        length, sizes = ids.shape[1], self.prefill_piece
+        if length == 1:
+            return (ids,)
         if self._recorder is None or "last" not in self._recorder.forms:
-            return self.prefill_piece
-        return pieces(length, self.prefill_piece, SMALLEST_PIECE)
+            return ids.split(sizes, 1)
+        return ids.split(pieces(length, sizes, SMALLEST_PIECE), 1)
 
     def _advance(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]

@@ -18,7 +18,7 @@ import torch
 from numba import cfunc, types
 from torch import Tensor
 
-from ssmc.kernels.cpu.threads import threads
+from ssmc.kernels.cpu.threads import Entries, threads
 from ssmc.kernels.cpu.words import arguments_at, float32_at
 
 _SIGNATURE = types.void(*[types.int64] * 3)
@@ -60,7 +60,7 @@ class Tape:
     def __init__(self) -> None:
         self.parts: list[list[Any] | Callable[[], object]] = []
         self.kept: list[Any] = []  # what the addresses on the tape belong to
-        self._lists: list[Any] = []
+        self._lists: list[Entries | Callable[[], object]] = []
 
     def __enter__(self) -> Tape:
         _recording.tape = self
@@ -83,15 +83,13 @@ class Tape:
     def run(self) -> None:
         """Everything on the tape again."""
         if len(self._lists) != len(self.parts):
-            self._lists = [
-                np.array(part, np.int64) if isinstance(part, list) else part for part in self.parts
-            ]
+            self._lists = [Entries(p) if isinstance(p, list) else p for p in self.parts]
         pool = threads()
         for part in self._lists:
-            if callable(part):
-                part()
-            else:
+            if isinstance(part, Entries):
                 pool.run(part)
+            else:
+                part()
 
 
 def tape() -> Tape | None:
@@ -107,7 +105,7 @@ def launch(kernel: Kernel, *arguments: Tensor | float | None, work: int) -> None
     """
     words = np.array([_word(argument) for argument in arguments], np.int64)
     entry = (kernel.address, words.ctypes.data, work)
-    threads().run(np.array([entry], np.int64))
+    threads().run(Entries([entry]))
     recording = tape()
     if recording is not None:
         recording.add(entry, (words, *arguments))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ssmc.kernels.cpu.words import (
 )
 
 SPINS = 4000  # looks for work before a thread sleeps: some 50 us
-WORTH_SHARING, WORTH_WAKING = 2**14, 2**18  # numbers to handle: some 2 and 30 us of one thread
+WORTH_SHARING, WORTH_WAKING = 2**13, 2**18  # numbers to handle: some 1 and 30 us of one thread
 PATIENCE = 20000  # looks at a barrier before a thread lets others run
 
 _sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
@@ -117,6 +117,19 @@ def _make_semaphore(address):
     _sem_init(address, 0, 0)
 
 
+class Entries:
+    """Launches of kernels in order.
+
+    Each is three int64: a kernel's address, that of its arguments, and its work, in numbers it
+    handles.
+    """
+
+    def __init__(self, launches: Sequence[tuple[int, int, int]]) -> None:
+        self.table = np.array(launches, np.int64)
+        self.address, self.count = self.table.ctypes.data, len(launches)
+        self.work = sum(work for _, _, work in launches)
+
+
 class Threads:
     """A number of threads, the caller's among them. One list of kernels runs at a time."""
 
@@ -124,20 +137,16 @@ class Threads:
         self.count = count
         self.shared = np.zeros(WORKERS + count * WORKER, np.int64)
         self.lock = threading.Lock()
-        address = self.shared.ctypes.data
+        self.address = address = self.shared.ctypes.data
         for thread in range(1, count):
             _make_semaphore(address + 8 * (WORKERS + (thread - 1) * WORKER + SEMAPHORE))
             threading.Thread(target=_work, args=(address, thread), daemon=True).start()
 
-    def run(self, entries: Any) -> None:
-        """Run kernels in order.
-
-        Entries are int64 [n, 3]: a kernel's address, that of its arguments, and its work, in
-        numbers it handles. Where that is little in all, nobody is woken.
-        """
-        count = self.count if entries[:, 2].sum() >= WORTH_WAKING else 1
+    def run(self, entries: Entries) -> None:
+        """Run kernels in order; where they have little work in all, nobody is woken."""
+        count = self.count if entries.work >= WORTH_WAKING else 1
         with self.lock:
-            _run(self.shared.ctypes.data, entries.ctypes.data, len(entries), count)
+            _run(self.address, entries.address, entries.count, count)
 
 
 _pools: dict[int, Threads] = {}
