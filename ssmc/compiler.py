@@ -244,12 +244,12 @@ class Work:
         try:
             yield journal
         except RankError:
-            keep = bool(journal.passes)
+            keep = journal.published
             raise
         except SsmcError:
             raise
         except BaseException:
-            keep = bool(journal.passes)
+            keep = journal.published
             raise
         finally:
             if not keep:

@@ -122,13 +122,37 @@ def test_stopped_at_any_step_it_goes_on_from_there(
         stop_after(count)
         with pytest.raises(Stopped):
             ssmc.compile(str(model), **options, work=tmp_path / "work", resume=count > 1)
-        kept = json.loads((tmp_path / "work" / MANIFEST).read_text())["passes"]
-        assert kept
+        kept = json.loads((tmp_path / "work" / MANIFEST).read_text())
+        assert kept["passes"]
     stop_after(1000)
     resumed = ssmc.compile(str(model), **options, work=tmp_path / "work", resume=True)
     resumed.save(tmp_path / "resumed")
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
     assert not (tmp_path / "work").exists()
+
+
+def test_passes_that_ended_are_not_checked_again(
+    model: Path, tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssmc.core import pipeline
+
+    checked: list[str] = []
+    run = pipeline.run_pass
+
+    def counted(g: Any, p: Any, *args: Any) -> Any:
+        checked.append(p.name)
+        return run(g, p, *args)
+
+    monkeypatch.setattr(pipeline, "run_pass", counted)
+    options = given(model, passes="hadamard,absmax,gptq", work=tmp_path / "work")
+    stop_after(6)  # in the middle of gptq
+    with pytest.raises(Stopped):
+        ssmc.compile(str(model), **options)
+    before, checked[:] = checked[:], []
+    assert "gptq" in before
+    stop_after(1000)
+    ssmc.compile(str(model), **options, resume=True)
+    assert checked == ["gptq"]
 
 
 def test_what_was_done_is_not_done_again(
@@ -196,7 +220,7 @@ def test_without_resume_it_begins_anew(model: Path, tmp_path: Path, stop_after: 
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"passes": {}}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"passes": {}, "number": 3, "identity": {}}', "\x00"])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(UsageError, match=r"the progress in .* is damaged"):

@@ -247,7 +247,7 @@ class _Job:
             try:
                 yield journal
             except KeyboardInterrupt:
-                if journal.passes:
+                if journal.published:
                     output.note(f"{journal.folder} holds what is done; --resume goes on from there")
                 raise
 

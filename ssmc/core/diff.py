@@ -7,6 +7,7 @@ them nothing; parameters are compared by their statistics and their hash.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,6 +49,15 @@ class Diff:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Diff:
+        """The diff that `to_json` gave."""
+        params = {
+            name: tuple(stats and ParamStats(**stats) for stats in pair)
+            for name, pair in data["params"].items()
+        }
+        return cls(**{**data, "params": params})
 
 
 @dataclass(frozen=True)

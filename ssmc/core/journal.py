@@ -1,7 +1,8 @@
 """The progress of a compilation on disk, so that one that was killed goes on where it was.
 
-Only what takes long is kept: what a pass has measured or chosen so far, and where it stands. All
-else is done again, and gives the same, since passes are deterministic. A folder holds
+Only what takes long is kept: what a pass has measured or chosen so far, where it stands, and what
+its checks found when it ended. All else is done again, and gives the same, since passes are
+deterministic. A folder holds
 
     progress.json         what is compiled, and the files of each pass
     NNNNNN-R.safetensors  tensors of process R, written and synced before progress.json names them
@@ -53,7 +54,9 @@ class Journal:
         self.folder, self.ranks = folder, ranks or Ranks()
         self.identity = json.loads(json.dumps(identity))
         self.passes: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         self.number = 0
+        self.last = time.monotonic()
         known = resume and (folder / MANIFEST).is_file()
         if not known and self.first:
             self._check_ours()
@@ -62,6 +65,11 @@ class Journal:
             self._take_over()
         if self.first:
             self._sweep()
+
+    @property
+    def published(self) -> bool:
+        """Whether there is anything to go on from."""
+        return (self.folder / MANIFEST).is_file()
 
     @property
     def first(self) -> bool:
@@ -83,6 +91,7 @@ class Journal:
         try:
             found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             self.passes, self.number = found["passes"], found["number"]
+            self.records = found["records"]
             identity = dict(found["identity"])
         except (ValueError, KeyError, TypeError):
             raise self._damaged() from None
@@ -98,6 +107,12 @@ class Journal:
         return UsageError(
             f"the progress in {self.folder} is damaged", hint="leave --resume out to begin anew"
         )
+
+    def ended(self, name: str, record: Mapping[str, Any]) -> None:
+        """Keep what the pass called `name` did: it need not be checked again."""
+        self.records[name] = dict(record)
+        if self.ranks.agree(time.monotonic() - self.last >= INTERVAL):
+            self.publish()
 
     def write(self, tensors: Mapping[str, Tensor]) -> str:
         """A new file of tensors, whole on the disk."""
@@ -117,16 +132,19 @@ class Journal:
 
     def publish(self) -> None:
         """Let the manifest name what has been written, at once; drop what it names no more."""
+        self.last = time.monotonic()
         if not self.first:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         data = {
             "schema": SCHEMA,
             "identity": self.identity,
             "passes": self.passes,
+            "records": self.records,
             "number": self.number,
         }
         part = self.folder / f"{MANIFEST}.part"
-        part.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         sync(part)
         part.replace(self.folder / MANIFEST)
         sync(self.folder)
@@ -153,8 +171,16 @@ class Log:
 
     def __init__(self, journal: Journal | None = None, name: str = "") -> None:
         self.journal, self.name = journal, name
-        self.last = time.monotonic()
         self.known: dict[str, Tensor] = {}
+
+    def record(self) -> Mapping[str, Any] | None:
+        """What the pass did and what its checks found, if it has ended before."""
+        return self.journal.records.get(self.name) if self.journal else None
+
+    def ended(self, record: Mapping[str, Any]) -> None:
+        """Keep that."""
+        if self.journal is not None:
+            self.journal.ended(self.name, record)
 
     def restore(self, g: Graph) -> Saved | None:
         """Where the pass stood, with what it had put into `g` until then; None at its beginning.
@@ -181,8 +207,10 @@ class Log:
 
         To be asked by all processes of a run, which get one answer.
         """
-        late = time.monotonic() - self.last >= INTERVAL
-        return self.journal is not None and self.journal.ranks.agree(late)
+        journal = self.journal
+        return journal is not None and journal.ranks.agree(
+            time.monotonic() - journal.last >= INTERVAL
+        )
 
     def save(self, g: Graph, saved: Saved) -> None:
         """Keep where the pass stands: `saved`, and the parameters it has changed in `g`.
@@ -209,7 +237,7 @@ class Log:
             "notes": list(g.notes),
         }
         journal.publish()
-        self.known, self.last = now, time.monotonic()
+        self.known = now
 
 
 def _files(entry: Mapping[str, Any]) -> Iterable[str]:

@@ -55,7 +55,7 @@ def run_passes(
         on_start(p)
         try:
             with _named(p):
-                record, result = run_pass(g, p, context, result)
+                record, result = _run_or_repeat(g, p, context, result)
         except SsmcError:
             raise
         except Exception as error:
@@ -83,6 +83,20 @@ def _named(p: Pass) -> Iterator[None]:
     except SsmcError as error:
         error.args = (f"pass {p.name}: {error}",)
         raise
+
+
+def _run_or_repeat(
+    g: Graph, p: Pass, context: Context, expected: torch.Tensor | None
+) -> tuple[Record, torch.Tensor | None]:
+    """As `run_pass`; one that ended before, as the journal says, is not checked again."""
+    known = context.log.record()
+    if known is None:
+        record, expected = run_pass(g, p, context, expected)
+        context.log.ended(record.to_json())
+        return record, expected
+    g.matched, g.skipped, g.notes = [], [], []
+    apply_pass(g, p, context)
+    return Record.from_json(known), None
 
 
 def run_pass(

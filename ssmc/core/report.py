@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,11 @@ class Record:
         if not timing:
             del data["seconds"]
         return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        """The record that `to_json` gave, with its timing."""
+        return cls(**{**data, "diff": Diff.from_json(data["diff"])})
 
 
 @dataclass
