@@ -55,6 +55,21 @@ def test_rows_behind_a_token_are_not_looked_at() -> None:
     assert torch.equal(kernel("attention")(q, k, v, position), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_token_has_the_same_bits_in_any_call(threads: int) -> None:
+    q, start = torch.randn(1, 150, 4, 24), torch.zeros(1, dtype=torch.int64)
+    k, v = torch.randn(2, 1, 150, 2, 24)
+    whole = kernel("attention")(q, k, v, start)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for first, length in ((0, 1), (64, 1), (149, 1), (3, 20), (60, 90)):
+            part = kernel("attention")(q[:, first : first + length], k, v, start + first)
+            assert torch.equal(part, whole[:, first : first + length])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rotations_far_from_the_start() -> None:
     x, frequencies = torch.randn(2, 3, 4, 70), 10000.0 ** -(torch.arange(32) / 32)
     check("rotary_embedding", x, frequencies, torch.tensor([0, 262_000]))

@@ -70,7 +70,7 @@ class Tape:
         _recording.tape = None
 
     def add(self, entry: tuple[int, int, int], kept: Sequence[Any]) -> None:
-        """A launch of a kernel, and what its addresses belong to."""
+        """A launch of a kernel, and what its addresses belong to, the kernel first."""
         if not self.parts or not isinstance(self.parts[-1], list):
             self.parts.append([])
         self.parts[-1].append(entry)  # type: ignore[union-attr]
@@ -108,7 +108,7 @@ def launch(kernel: Kernel, *arguments: Tensor | float | None, work: int) -> None
     threads().run(Entries([entry]))
     recording = tape()
     if recording is not None:
-        recording.add(entry, (words, *arguments))
+        recording.add(entry, (kernel, words, *arguments))
 
 
 def _word(argument: Tensor | float | None) -> int:
