@@ -23,7 +23,8 @@ def _experts(arguments, thread, threads):
     ) = arguments_at(arguments, 16)  # fmt: skip
     blocks, steps = (n + ROWS - 1) // ROWS, (k + 63) // 64
     wide, cells, summed = steps * 64, experts * n * k, choices if weight else 1
-    padded, whole = np.zeros(wide, np.int8), np.zeros(ROWS * wide, np.int8)
+    room = 0 if k == wide else wide  # whole blocks are read where they are
+    padded, whole = np.zeros(room, np.int8), np.zeros(ROWS * room, np.int8)
     sums, chosen, scales, weights = (
         np.empty(ROWS, np.int32),
         int64_at(index, count),
@@ -37,12 +38,14 @@ def _experts(arguments, thread, threads):
         y[:] = ZERO
         for choice in range(row * summed, (row + 1) * summed):
             token, first = choice if each else choice // choices, chosen[choice] * n + begin
-            source, apart = w + first * k, k
-            copy_rows(x + token * stride, stride, 1, k, padded.ctypes.data, wide)
+            source, apart, values = w + first * k, k, x + token * stride
+            if room:
+                copy_rows(values, stride, 1, k, padded.ctypes.data, wide)
+                values = padded.ctypes.data
             if (first + size - 1) * k + wide > cells:  # the weight would be read beyond its end
                 copy_rows(source, k, size, k, whole.ctypes.data, wide)
                 source, apart = whole.ctypes.data, wide
-            rows_product(sums.ctypes.data, padded.ctypes.data, source, apart, size, steps)
+            rows_product(sums.ctypes.data, values, source, apart, size, steps)
             factor = np.float64(float32_at(x_scale, token + 1)[token])
             for i in range(size):
                 value = np.float32(np.float64(sums[i]) * (factor * np.float64(scales[first + i])))

@@ -139,16 +139,20 @@ def _few(a, thread, threads):
     first, last = _blocks(n, ROWS, thread, threads)
     blocks = (k + 63) // 64
     wide = blocks * 64
-    padded, whole = np.zeros(m * wide, np.int8), np.zeros(ROWS * wide, np.int8)
+    room = 0 if k == wide else wide  # whole blocks are read where they are
+    padded, whole = np.zeros(m * room, np.int8), np.zeros(ROWS * room, np.int8)
     sums, y = np.empty(ROWS, np.int32), np.empty(ROWS, np.float32)
-    copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
+    source_x, apart = x, x_stride
+    if room:
+        copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
+        source_x, apart = padded.ctypes.data, wide
     for begin in range(first, last, ROWS):
         count, source, stride = min(ROWS, n - begin), w + begin * k, k
         if (begin + count - 1) * k + wide > n * k:  # the weight would be read beyond its end
             copy_rows(source, stride, count, k, whole.ctypes.data, wide)
             source, stride = whole.ctypes.data, wide
         for row in range(m):
-            values = padded.ctypes.data + row * wide
+            values = source_x + row * apart
             rows_product(sums.ctypes.data, values, source, stride, count, blocks)
             _finish(sums, y, count, begin, row, a)
     keep(padded)
