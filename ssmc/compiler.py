@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ from ssmc.core.journal import Journal
 from ssmc.core.numerics import block_numerics, first_result, operator_numerics
 from ssmc.core.options import PassSpec, parse_passes
 from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
-from ssmc.core.ranks import Ranks, find_ranks
+from ssmc.core.ranks import find_ranks
 from ssmc.core.report import Report
-from ssmc.core.store import Store, parse_size
+from ssmc.core.store import Store
 from ssmc.corpus import file_hash, read_texts, sample_windows, token_windows
 from ssmc.device import find_device, move
-from ssmc.errors import RankError, SsmcError, UsageError
+from ssmc.errors import UsageError
 from ssmc.frontend import Model, huggingface, load_model, trace
 from ssmc.lowering import BACKENDS
 from ssmc.overlap import run_hashes, to_text
@@ -33,6 +31,7 @@ from ssmc.passes._formats import operators
 from ssmc.recipe import Recipe, find_recipe, make_recipe
 from ssmc.runtime import Artefact, CompiledModel, choose_backend
 from ssmc.runtime.template import read_chat_template
+from ssmc.work import Work
 
 CALIBRATION_BATCH = 8
 PROBE_LENGTH = 64
@@ -122,7 +121,7 @@ def compile(
     place = Work(Path(work) if work is not None else None, max_memory, resume)
     source = read_source(model, resolved, example_inputs, calibration, place.store())
     source = source.to(found) if found else source
-    with place.journal(source, resolved) as journal:
+    with place.journal(identity(source, resolved)) as journal:
         return compile_source(source, resolved, hooks or Hooks(), journal)
 
 
@@ -206,71 +205,6 @@ def _given_batches(calibration: Any, example_inputs: Any) -> list[Inputs]:
     return [(batch,) if isinstance(batch, torch.Tensor) else tuple(batch) for batch in given]
 
 
-@dataclass(frozen=True)
-class Work:
-    """Where a compilation keeps what does not fit into memory, and how far it came.
-
-    `limit` is of memory, in bytes or as text ("6GB"); without it all stays there. Without a
-    `folder`, the files are among the system's temporary ones, and no progress is kept.
-    """
-
-    folder: Path | None = None
-    limit: int | str | None = None
-    resume: bool = False
-
-    def store(self) -> Store | None:
-        """Where tensors are to be kept; UsageError for a limit that is no size."""
-        if self.limit is None:
-            return None
-        limit = parse_size(self.limit) if isinstance(self.limit, str) else self.limit
-        return Store(self.folder or Path(tempfile.gettempdir()), limit)
-
-    @contextlib.contextmanager
-    def journal(self, source: Source, recipe: Recipe) -> Iterator[Journal | None]:
-        """The journal of compiling `source`.
-
-        It is removed at the end, and where an error says that trying again does not help; what
-        else ends the compilation leaves it, to go on from.
-        """
-        if self.folder is None:
-            if self.resume:
-                raise UsageError("there is nothing to resume from without a folder for it")
-            yield None
-            return
-        ranks = find_ranks()
-        identity = _identity(source, recipe, ranks)
-        journal = Journal(self.folder, identity, resume=self.resume, ranks=ranks)
-        keep = False
-        try:
-            yield journal
-        except RankError:
-            keep = journal.published
-            raise
-        except SsmcError:
-            raise
-        except BaseException:
-            keep = journal.published
-            raise
-        finally:
-            if not keep:
-                journal.remove()
-
-
-def _identity(source: Source, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
-    """What the progress of a compilation depends on, by topic."""
-    model = source.about["source"]
-    if "fingerprint" not in model:
-        hashes = {name: tensor_hash(value) for name, value in source.graph.params().items()}
-        model = model | {"tensors": hashes}
-    given = [[tensor_hash(x) for x in batch] for batch in source.calibration]
-    return {
-        "model": model,
-        "recipe": _resolved(recipe, recipe.plan()),
-        "calibration text": source.about.get("calibration", given),
-        "environment": _tools() | {"device": source.graph.runs_on.type, "processes": ranks.count},
-    }
-
-
 @dataclass
 class Prepared:
     """A source rewritten and calibrated, in place: what is left is to quantise and to lower it.
@@ -350,6 +284,22 @@ def make_context(source: Source, recipe: Recipe, hooks: Hooks) -> Context:
 def _cut(x: torch.Tensor, node: fx.Node) -> torch.Tensor:
     lengthy = LENGTH in node.meta["val"].shape[1:2]
     return (x[:2, :PROBE_LENGTH] if lengthy else x[:2]).contiguous()
+
+
+def identity(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """What the progress of a compilation depends on, by topic."""
+    model = source.about["source"]
+    if "fingerprint" not in model:
+        hashes = {name: tensor_hash(value) for name, value in source.graph.params().items()}
+        model = model | {"tensors": hashes}
+    given = [[tensor_hash(x) for x in batch] for batch in source.calibration]
+    return {
+        "model": model,
+        "recipe": _resolved(recipe, recipe.plan()),
+        "calibration text": source.about.get("calibration", given),
+        "environment": _tools()
+        | {"device": source.graph.runs_on.type, "processes": find_ranks().count},
+    }
 
 
 def _about(source: Source, recipe: Recipe, plan: Sequence[Pass]) -> dict[str, Any]:

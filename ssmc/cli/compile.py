@@ -16,12 +16,13 @@ from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.cli.auto import Auto
-    from ssmc.compiler import Prepared, Source, Work
+    from ssmc.compiler import Prepared, Source
     from ssmc.core import Graph, Pass, Record
     from ssmc.core.journal import Journal
     from ssmc.inspection.story import Listener, Story
     from ssmc.recipe import Recipe
     from ssmc.runtime import CompiledModel
+    from ssmc.work import Work
 
 
 def run(
@@ -107,8 +108,8 @@ def run(
 ) -> None:
     """Trace MODEL, run passes over it, and write a verified int8 artefact to OUT."""
     from ssmc.cli.auto import AUTO, BASE, read_auto
-    from ssmc.compiler import Work
     from ssmc.recipe import find_recipe, make_recipe
+    from ssmc.work import Work
 
     given = {
         "passes": passes,
@@ -242,7 +243,9 @@ class _Job:
     @contextlib.contextmanager
     def _journal(self, source: Source) -> Iterator[Journal]:
         """The journal, and on an interruption how to go on."""
-        with self.work.journal(source, self.recipe) as journal:
+        from ssmc.compiler import identity
+
+        with self.work.journal(identity(source, self.recipe)) as journal:
             assert journal is not None
             try:
                 yield journal

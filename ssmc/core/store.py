@@ -74,7 +74,6 @@ class Store:
 
     def _room(self, size: int) -> Tensor:
         """A byte tensor over a new file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a signal
             pages = mmap.mmap(file.fileno(), size)
