@@ -196,6 +196,18 @@ def test_a_step_writes_over_its_state() -> None:
     assert not torch.equal(state, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 7), (1, 1021, 1031)])
+def test_memory_for_results(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from ssmc.kernels.cpu.launch import empty
+
+    x = empty(shape, dtype)
+    assert (tuple(x.shape), x.dtype, x.is_contiguous()) == (shape, dtype, True)
+    assert x.data_ptr() % 64 == 0
+    x.fill_(1)  # all of it is there
+    assert int((x == 1).sum()) == x.numel()
+
+
 def test_a_forked_process_has_threads_of_its_own() -> None:
     x = torch.randn(4, 64)
     expected = kernel("quantize_dynamic")(x)[0]

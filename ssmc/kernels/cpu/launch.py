@@ -7,6 +7,7 @@ bits of float64.
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ssmc.kernels.cpu.threads import Entries, threads
 from ssmc.kernels.cpu.words import arguments_at, float32_at
+
+LARGE, ALIGNMENT = 2**19, 64  # bytes
 
 _SIGNATURE = types.void(*[types.int64] * 3)
 _recording = threading.local()
@@ -120,8 +123,17 @@ def _word(argument: Tensor | float | None) -> int:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for a result."""
-    return torch.empty(tuple(shape), dtype=dtype)
+    """Memory for a result.
+
+    Large ones are aligned here: the C library cuts aligned memory out of larger pieces, finds no
+    place for the next of the same size in what is freed of it, and lets the heap grow.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(tuple(shape), dtype=dtype)
+    room = torch.from_numpy(np.empty(size + ALIGNMENT, np.uint8))
+    start = -room.data_ptr() % ALIGNMENT
+    return room[start : start + size].view(dtype).view(tuple(shape))
 
 
 def run_torch(function: Callable[..., Any], *arguments: Any) -> Any:
