@@ -115,7 +115,7 @@ def broken(*args: Any, **kwargs: Any) -> None:
     raise KeyboardInterrupt
 
 
-STEPS = ["save_file", "write_json", "_sync", "_entry"]
+STEPS = ["save_file", "write_json", "sync", "_entry"]
 
 
 @pytest.mark.parametrize("step", STEPS)
