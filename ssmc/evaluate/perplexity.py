@@ -65,10 +65,11 @@ def perplexity(
     parts = []
     score = _prefill_loss if mode == "prefill" else _recurrent_loss
     starts = ranks.own(range(0, len(windows), batch))
-    for done, start in enumerate(starts):
-        progress(done * batch, len(starts) * batch)
+    total = sum(len(windows[start : start + batch]) for start in starts)
+    for start in starts:
+        progress(start - starts[0], total)
         parts.append(score(model, windows[start : start + batch]))
-    progress(len(starts) * batch, len(starts) * batch)
+    progress(total, total)
     mine = torch.cat(parts) if parts else windows[:0, 1:].float()
     every = [part.tensors["losses"] for part in ranks.gather(Saved({}, {"losses": mine}))]
     losses = torch.cat(every).double().mean(0)
