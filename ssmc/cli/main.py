@@ -86,7 +86,7 @@ def main() -> None:
             raise
         _fail_once(*_explain(error))
     if code == INTERRUPTED:
-        fail("interrupted", "what was not finished has left nothing behind", code)
+        fail("interrupted", "nothing half-written is left behind", code)
     sys.exit(code)
 
 

@@ -290,7 +290,7 @@ def test_debug_shows_the_traceback(
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_middle_leaves_nothing_but_progress(tmp_path: Path) -> None:
     out = tmp_path / "work" / "out"
     command = [sys.executable, "-m", "ssmc", "compile", "demo", "-o", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -307,8 +307,12 @@ def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "error: interrupted" in err
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
     assert not is_artefact(out)
+    left = [path.name for path in out.parent.iterdir()] if out.parent.exists() else []
+    if "--resume goes on" in err:  # on a machine so slow that progress was kept after 30 s
+        assert left == ["out.progress"]
+    else:
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_infinity_in_an_activation_is_named(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
