@@ -69,6 +69,7 @@ class Store:
                 f"{self.limit / 1e9:.1f} GB are allowed",
                 hint="raise --max-memory, or lower --samples and --length",
             )
+        self.trim()  # at once, and not only when the watching thread has its turn
         kept = self._room(value.nbytes).view(value.dtype).view(value.shape)
         return kept.copy_(value)
 

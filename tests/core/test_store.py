@@ -57,9 +57,9 @@ before = peak()
 limit = int(1.25 * before) + 400 * 2**20
 store = Store(Path(sys.argv[1]), limit)
 kept = [store.keep(torch.full((2**23,), float(i))) for i in range(48)]
+print(peak() / limit, 48 * 2**25 / limit)
 total = sum(x.sum().item() for x in kept)
 assert total == 2**23 * sum(range(48)), total
-print(peak() / limit, 48 * 2**25 / limit)
 """
 
 
