@@ -33,13 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from ssmc.catalogue import builtin_recipes
 from ssmc.compiler import Hooks, Source, compile_source, read_source
 from ssmc.corpus import read_texts, token_windows
 from ssmc.demo import evaluation_file
 from ssmc.errors import SsmcError, UnsupportedError, UsageError
 from ssmc.evaluate import last_word, perplexity
 from ssmc.overlap import from_text, run_hashes, shared
-from ssmc.recipe import Recipe, builtin_recipes, find_recipe, make_recipe
+from ssmc.recipe import Recipe, find_recipe, make_recipe
 from ssmc.runtime import CompiledModel
 
 FEW = "group=128,range=mse"

@@ -110,7 +110,8 @@ def windows(file: Path, length: int = 256) -> tuple[Tensor, Tensor]:
         elif letters and not character.isalnum() and character not in "'’-":
             breaks[-1] = max(breaks[-1], 1 if character.isspace() else 2)
     whole = len(letters) // length * length
-    return tuple(torch.tensor(x[:whole]).view(-1, length) for x in (letters, breaks))
+    x, y = (torch.tensor(values[:whole]).view(-1, length) for values in (letters, breaks))
+    return x, y
 
 
 def load() -> WordBreaks:
