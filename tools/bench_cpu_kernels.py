@@ -35,7 +35,7 @@ from ssmc.kernels.cpu.launch import Tape
 from ssmc.kernels.cpu.threads import Entries, threads
 from ssmc.runtime import load
 
-LONG, ROUNDS, ROUND = 1e-4, 5, 0.015  # seconds of a tape, at least; of a round of its runs
+LONG, ROUNDS, ROUND = 2e-4, 5, 0.015  # seconds of a tape, at least; of a round of its runs
 RUNS, REPEATED = 60, 20  # of a step that is taken apart
 
 HEADER = """\

@@ -215,3 +215,17 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     if child == 0:
         os._exit(0 if torch.equal(kernel("quantize_dynamic")(x)[0], expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_loops_use_all_of_a_register() -> None:
+    import numba
+
+    from ssmc.kernels.cpu import has_vnni
+
+    @numba.njit("(float32[::1], float32[::1])")  # type: ignore[misc]
+    def double(x: Any, y: Any) -> None:
+        for i in range(len(x)):
+            y[i] = x[i] + x[i]
+
+    (assembly,) = double.inspect_asm().values()
+    assert ("zmm" in assembly) == has_vnni()

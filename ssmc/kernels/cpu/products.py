@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ssmc.kernels.cpu import has_vnni
 from ssmc.kernels.cpu.vectors import (
     BYTES,
     ROWS,
@@ -29,11 +30,6 @@ from ssmc.kernels.cpu.words import I32, for_loop
 TILE_X, TILE_W = 8, 3  # a tile is 8 rows of x by 3 times ROWS of the weight
 _RAISE = ir.Constant(BYTES, [-128] * 64)
 _ZEROS = ir.Constant(WORDS, [0] * 16)
-
-
-def has_vnni() -> bool:
-    """Whether this machine multiplies 64 pairs of bytes in one instruction."""
-    return bool(binding.get_host_cpu_features().get("avx512vnni", False))
 
 
 def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
