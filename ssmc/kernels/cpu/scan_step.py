@@ -22,63 +22,72 @@ from ssmc.kernels.cpu.launch import (
     vector,
     widened,
 )
-from ssmc.kernels.cpu.linear import add, copy_rows
+from ssmc.kernels.cpu.linear import copy_rows
 from ssmc.kernels.cpu.norm import normalise
-from ssmc.kernels.cpu.numbers import LOG2E
 from ssmc.kernels.cpu.products import rows_product
 from ssmc.kernels.cpu.quantize import quantize_row
 from ssmc.kernels.cpu.selective_scan import (
+    ROW,
+    STATES,
     WIDTH,
     advance,
+    begin,
     from_lanes,
-    gate,
-    inputs,
-    parameters,
     plain,
-    to_lanes,
+    room_for,
 )
 from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import (
     arguments_at,
     float32_at,
     float_of_bits,
+    int8_at,
+    int32_at,
     keep,
+    scratch,
     share,
     to_int8,
 )
 
 F32 = np.float32
-ZERO, ONE = F32(0), F32(1)
+ONE = F32(1)
 
 
 @njit
 def _round(x, n, normed, weight, eps, room, q):
     """Round float32 [n] at an address, or its norm, to q; the scale."""
-    values = float32_at(x, n)
+    values, rounded = float32_at(x, n), int8_at(q, n)
     if normed:
-        normalise(values, weight, eps, room[:n])
-        return quantize_row(room[:n], q)
-    return quantize_row(values, q)
+        y = float32_at(room, n)
+        normalise(values, weight, eps, y)
+        return quantize_row(y, rounded)
+    return quantize_row(values, rounded)
 
 
 @njit
-def _step_sizes(low, scale, w, w_scale, bias, out_scale, rank, first, n, width, room, sums, y, q):
-    """dt_proj of n channels from `first` on, rounded to q; low int8 [64 blocks]."""
+def _step_sizes(low, scale, w, w_scale, bias, out_scale, rank, first, n, width, room, out):
+    """dt_proj of n channels from `first` on, rounded; low int8 [64 blocks].
+
+    room: 16 int32 and as many float32, then 16 such rows as low.
+    """
     blocks = (rank + 63) // 64
     wide, factor = blocks * 64, np.float64(scale)
-    for begin in range(first, first + n, ROWS):
-        count, source, apart = min(ROWS, first + n - begin), w + begin * rank, rank
-        if (begin + count - 1) * rank + wide > width * rank:  # it would be read beyond its end
-            copy_rows(source, rank, count, rank, room.ctypes.data, wide)
-            source, apart = room.ctypes.data, wide
-        rows_product(sums.ctypes.data, low.ctypes.data, source, apart, count, blocks)
-        rounded = q[begin - first : begin - first + count]
-        factors = float32_at(w_scale + 4 * begin, count)
+    sums, y, copied = int32_at(room, ROWS), float32_at(room + 64, ROWS), room + 128
+    for start in range(first, first + n, ROWS):
+        count, source, apart = min(ROWS, first + n - start), w + start * rank, rank
+        if (start + count - 1) * rank + wide > width * rank:  # it would be read beyond its end
+            copy_rows(source, rank, count, rank, copied, wide)
+            source, apart = copied, wide
+        rows_product(room, low, source, apart, count, blocks)
+        rounded = int8_at(out + start - first, count)
+        factors = float32_at(w_scale + 4 * start, count)
         for i in range(count):
             y[i] = F32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
         if bias:
-            add(float32_at(bias + 4 * begin, count), y)
-        scales = float32_at(out_scale + 4 * begin, count)
+            shifts = float32_at(bias + 4 * start, count)
+            for i in range(count):
+                y[i] += shifts[i]
+        scales = float32_at(out_scale + 4 * start, count)
         for i in range(count):
             rounded[i] = to_int8(y[i], ONE / scales[i])
 
@@ -91,53 +100,39 @@ def _step(arguments, thread, threads):
         positive,
     ) = arguments_at(arguments, 27)  # fmt: skip
     blocks, wide, least = (width + WIDTH - 1) // WIDTH, (low_n + 63) // 64 * 64, float_of_bits(eps)
-    low, B, C = np.zeros(wide, np.int8), np.empty(rank, np.int8), np.empty(rank, np.int8)
-    padded, dt, room = (
-        np.zeros(ROWS * wide, np.int8),
-        np.zeros(WIDTH, np.int8),
-        np.empty(max(low_n, rank), F32),
-    )
-    h, decay, lanes = (
-        np.empty(rank * WIDTH, F32),
-        np.empty(rank * WIDTH, F32),
-        np.zeros((9, WIDTH), F32),
-    )
-    us, dts, zs, skip, shift = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
-    u_now, dt_now, dt_u, y = lanes[5], lanes[6], lanes[7], lanes[8]
-    sums, sizes = np.empty(ROWS, np.int32), np.empty(ROWS, F32)
-    done, low_scale, b_scale, c_scale = -1, ONE, ONE, ONE
+    longest = max(low_n, rank)
+    memory, room = scratch(room_for(rank) + ROW + (ROWS + 1) * wide + 6 * longest + 256)
+    # Step sizes and three scales; what they are made of; sums of these products; norms; B and C.
+    dt = (room + room_for(rank) + 63) // 64 * 64
+    low, products = dt + ROW, dt + ROW + wide
+    normed_room = products + 128 + ROWS * wide
+    B, segment_scales = normed_room + 4 * longest, float32_at(dt + WIDTH, 3)
+    C = B + rank
+    done = -1
     for unit in share(batch * blocks, thread, threads):
         sequence, first = unit // blocks, unit % blocks * WIDTH
         n, offset = min(WIDTH, width - first), 4 * (sequence * width + first) * rank
         if sequence != done:
             row = x + 4 * sequence * apart
-            low_scale = _round(row, low_n, normed, dt_norm, least, room, low[:low_n])
-            b_scale = _round(row + 4 * low_n, rank, normed, B_norm, least, room, B)
-            c_scale = _round(row + 4 * (low_n + rank), rank, normed, C_norm, least, room, C)
+            segment_scales[0] = _round(row, low_n, normed, dt_norm, least, normed_room, low)
+            row += 4 * low_n
+            segment_scales[1] = _round(row, rank, normed, B_norm, least, normed_room, B)
+            row += 4 * rank
+            segment_scales[2] = _round(row, rank, normed, C_norm, least, normed_room, C)
             done = sequence
         _step_sizes(
-            low, low_scale, w, w_scale, bias, dt_scale, low_n, first, n, width, padded, sums, sizes,
-            dt,
+            low, segment_scales[0], w, w_scale, bias, dt_scale, low_n, first, n, width, products, dt
+        )
+        scales = (u_scale, dt_scale, z_scale, D, dt_bias)
+        begin(scales, A + 4 * first * rank, state + offset, first, n, rank, room)
+        places = (
+            u + sequence * u_apart + first, dt, z + sequence * z_apart + first if z else 0, B, C,
+            out + 4 * (sequence * width + first),
         )  # fmt: skip
-        parameters(u_scale, first, n, us)
-        parameters(dt_scale, first, n, dts)
-        parameters(z_scale, first, n, zs)
-        parameters(D, first, n, skip)
-        parameters(dt_bias, first, n, shift)
-        to_lanes(A + 4 * first * rank, rank, n, decay)
-        for i in range(rank * WIDTH):
-            decay[i] *= LOG2E
-        to_lanes(state + offset, rank, n, h)
-        u_row = u + sequence * u_apart + first
-        inputs(u_row, dt.ctypes.data, n, us, dts, shift, positive, u_now, dt_now)
-        advance(B, b_scale, C, c_scale, u_now, dt_now, dt_u, decay, skip, h, y)
-        written = float32_at(out + 4 * (sequence * width + first), n)
-        gate(z + sequence * z_apart + first if z else 0, zs, y, written)
-        from_lanes(h, rank, n, state + offset)
-    keep(low)
-    keep(padded)
-    keep(dt)
-    keep(sums)
+        token_scales = (dt + WIDTH + 4, dt + WIDTH + 8)
+        advance(places, (0,) * 6, token_scales, 0, rank, 1, n, positive, room)
+        from_lanes(room + STATES, rank, n, state + offset)
+    keep(memory)
 
 
 def selective_scan_step(

@@ -8,97 +8,149 @@ from torch import Tensor
 
 from ssmc import ops
 from ssmc.errors import UsageError
+from ssmc.kernels.cpu.lanes import dequantise, dequantise_token, gated, recurrence, softplus_of
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
-from ssmc.kernels.cpu.numbers import LOG2E, exp2, silu, softplus
+from ssmc.kernels.cpu.numbers import LOG2E
 from ssmc.kernels.cpu.vectors import ROWS, transpose_block
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, share
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, keep, scratch, share
 
-WIDTH = 32  # channels at a time
+WIDTH, BLOCKS = 32, 2  # channels at a time, and registers that hold them
+ROW = 4 * WIDTH  # bytes of a float32 of each
+CHUNK = 16  # positions at a time: step sizes and gates of one do not wait for those of another
 F32 = np.float32
 ZERO = F32(0)
 
+# Where a thread has what, in bytes: parameters of the channels, a chunk's u, step sizes and y, some
+# integers; from STATES on the states, their decays, and a position's B and C.
+U_SCALE, DT_SCALE, Z_SCALE, SKIP, BIAS, ZEROS = (ROW * i for i in range(6))
+U, SIZES, Y = (ROW * (6 + CHUNK * i) for i in range(3))
+INTEGERS = ROW * (6 + CHUNK * 3)
+STATES = INTEGERS + ROW
+
 
 @njit
-def parameters(address, first, n, out):
+def room_for(rank):
+    """Bytes of all that."""
+    return STATES + 2 * rank * ROW + 2 * rank * 4
+
+
+@njit
+def _parameters(address, first, n, out):
     """Parameters of channels from `first` on, in lanes; zeros where there are none."""
-    count = n if address else 0
+    count, lanes = n if address else 0, float32_at(out, WIDTH)
     values = float32_at(address + 4 * first, count)
     for i in range(count):
-        out[i] = values[i]
+        lanes[i] = values[i]
     for i in range(count, WIDTH):
-        out[i] = ZERO
+        lanes[i] = ZERO
 
 
 @njit
-def to_lanes(rows, rank, n, lanes):
-    """[n, rank] at an address to [rank, WIDTH], the lanes behind n zero."""
+def _to_lanes(rows, rank, n, lanes):
+    """[n, rank] at an address to [rank, WIDTH] at another, the lanes behind n zero."""
     if n == WIDTH and rank % ROWS == 0:
-        out = lanes.ctypes.data
         for i in range(0, WIDTH, ROWS):
             for s in range(0, rank, ROWS):
-                place = out + 4 * (s * WIDTH + i)
-                transpose_block(place, 4 * WIDTH, rows + 4 * (i * rank + s), 4 * rank)
+                place = lanes + 4 * (s * WIDTH + i)
+                transpose_block(place, ROW, rows + 4 * (i * rank + s), 4 * rank)
         return
-    lanes[:] = ZERO
-    values = float32_at(rows, n * rank)
+    values, out = float32_at(rows, n * rank), float32_at(lanes, rank * WIDTH)
+    out[:] = ZERO
     for i in range(n):
         for s in range(rank):
-            lanes[s * WIDTH + i] = values[i * rank + s]
+            out[s * WIDTH + i] = values[i * rank + s]
 
 
 @njit
 def from_lanes(lanes, rank, n, rows):
-    """[rank, WIDTH] to [n, rank] at an address."""
+    """[rank, WIDTH] at an address to [n, rank] at another."""
     if n == WIDTH and rank % ROWS == 0:
-        source = lanes.ctypes.data
         for i in range(0, WIDTH, ROWS):
             for s in range(0, rank, ROWS):
-                place = source + 4 * (s * WIDTH + i)
-                transpose_block(rows + 4 * (i * rank + s), 4 * rank, place, 4 * WIDTH)
+                place = lanes + 4 * (s * WIDTH + i)
+                transpose_block(rows + 4 * (i * rank + s), 4 * rank, place, ROW)
         return
-    values = float32_at(rows, n * rank)
+    values, out = float32_at(lanes, rank * WIDTH), float32_at(rows, n * rank)
     for i in range(n):
         for s in range(rank):
-            values[i * rank + s] = lanes[s * WIDTH + i]
+            out[i * rank + s] = values[s * WIDTH + i]
 
 
-@njit(fastmath={"contract"})
-def inputs(u, dt, n, u_scale, dt_scale, bias, positive, u_now, dt_now):
-    """A position's u and step sizes of WIDTH channels, those behind n zero in u."""
-    integers, sizes = int8_at(u, n), int8_at(dt, n)
-    for i in range(n):
-        u_now[i] = F32(integers[i]) * u_scale[i]
-        dt_now[i] = F32(sizes[i]) * dt_scale[i] + bias[i]
-    if positive:
-        for i in range(WIDTH):
-            dt_now[i] = softplus(dt_now[i])
+@njit
+def begin(scales, A, state, first, n, rank, room):
+    """The parameters of n channels from `first` on, their decays, and states or zeros.
 
-
-@njit(fastmath={"contract"})
-def advance(B, B_scale, C, C_scale, u, dt, dt_u, decay, skip, h, y):
-    """h = 2^(dt decay) h + dt u B for each state of WIDTH channels; y = C h + D u."""
-    for i in range(WIDTH):
-        dt_u[i] = dt[i] * u[i]
-        y[i] = skip[i] * u[i]
-    for s in range(len(B)):
-        b, c = F32(B[s]) * B_scale, F32(C[s]) * C_scale
-        factor, here = decay[s * WIDTH : (s + 1) * WIDTH], h[s * WIDTH : (s + 1) * WIDTH]
-        for i in range(WIDTH):
-            value = exp2(dt[i] * factor[i]) * here[i] + dt_u[i] * b
-            here[i] = value
-            y[i] += value * c
-
-
-@njit(fastmath={"contract"})
-def gate(z, scale, y, out):
-    """out = y, times silu(z) where there is an address of it."""
-    if z:
-        gates = int8_at(z, len(out))
-        for i in range(len(out)):
-            out[i] = y[i] * silu(F32(gates[i]) * scale[i])
+    `scales` are the addresses of the scales of u, of dt and of z, of D and of dt_bias.
+    """
+    for i in range(5):
+        _parameters(scales[i], first, n, room + ROW * i)
+    _to_lanes(A, rank, n, room + STATES + ROW * rank)
+    decays = float32_at(room + STATES + ROW * rank, WIDTH * rank)
+    for i in range(WIDTH * rank):
+        decays[i] *= LOG2E
+    if state:
+        _to_lanes(state, rank, n, room + STATES)
     else:
-        for i in range(len(out)):
-            out[i] = y[i]
+        float32_at(room + STATES, WIDTH * rank)[:] = ZERO
+
+
+@njit
+def _whole(q, n, room):
+    """The address of WIDTH int8: where they are, or where fewer than that are copied to."""
+    if n == WIDTH:
+        return q
+    values, copied = int8_at(q, n), int8_at(room + INTEGERS, n)
+    for i in range(n):
+        copied[i] = values[i]
+    return room + INTEGERS
+
+
+@njit
+def _of_token(q, scale, rank, out):
+    """int8 [rank] times their scale, both at addresses, to float32 at another."""
+    dequantise_token(out, q, scale, rank // ROWS)
+    integers, values, factor = int8_at(q, rank), float32_at(out, rank), float32_at(scale, 1)[0]
+    for s in range(rank // ROWS * ROWS, rank):
+        values[s] = F32(integers[s]) * factor
+
+
+@njit
+def _write(y, z, n, room, out):
+    """y of a position, gated where there is z, to `out`."""
+    if z:
+        z = _whole(z, n, room)
+        gated(out if n == WIDTH else y, y, z, room + Z_SCALE, BLOCKS)
+    if n < WIDTH or not z:
+        values, written = float32_at(y, n), float32_at(out, n)
+        for i in range(n):
+            written[i] = values[i]
+
+
+@njit
+def advance(rows, apart, scales, after, rank, count, n, positive, room):
+    """Up to CHUNK positions of n channels.
+
+    `rows` are the addresses of u, dt, z (or 0), B, C and y of the first position, `apart` how far
+    they are from one another, `scales` the addresses of those of B and C, which are `after` bytes
+    apart.
+    """
+    u, dt, z, B, C, out = rows
+    states, decays = room + STATES, room + STATES + ROW * rank
+    b, c = decays + ROW * rank, decays + ROW * rank + 4 * rank
+    for i in range(count):
+        q = _whole(u + i * apart[0], n, room)
+        dequantise(room + U + ROW * i, q, room + U_SCALE, room + ZEROS, BLOCKS)
+        q = _whole(dt + i * apart[1], n, room)
+        dequantise(room + SIZES + ROW * i, q, room + DT_SCALE, room + BIAS, BLOCKS)
+    if positive:
+        softplus_of(room + SIZES, count * BLOCKS)
+    for i in range(count):
+        _of_token(B + i * apart[3], scales[0] + i * after, rank, b)
+        _of_token(C + i * apart[4], scales[1] + i * after, rank, c)
+        size, value, y = room + SIZES + ROW * i, room + U + ROW * i, room + Y + ROW * i
+        recurrence(states, decays, b, c, rank, size, value, room + SKIP, y)
+    for i in range(count):
+        _write(room + Y + ROW * i, z + i * apart[2] if z else 0, n, room, out + i * apart[5])
 
 
 @kernel()
@@ -108,35 +160,29 @@ def _scan(arguments, thread, threads):
         z, z_apart, z_scale, dt_bias, state, new, out, batch, length, width, rank, positive,
         backwards,
     ) = arguments_at(arguments, 27)  # fmt: skip
-    B_scales, C_scales = float32_at(B_scale, batch * length), float32_at(C_scale, batch * length)
-    h, decay = np.zeros(rank * WIDTH, F32), np.empty(rank * WIDTH, F32)
-    lanes = np.zeros((9, WIDTH), F32)
-    us, dts, zs, skip, bias = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
-    u_now, dt_now, dt_u, y = lanes[5], lanes[6], lanes[7], lanes[8]
-    blocks = (width + WIDTH - 1) // WIDTH
+    memory, room = scratch(room_for(rank))
+    blocks, sign = (width + WIDTH - 1) // WIDTH, -1 if backwards else 1
+    apart = (
+        sign * u_apart, sign * dt_apart, sign * z_apart, sign * B_apart, sign * C_apart,
+        sign * 4 * width,
+    )  # fmt: skip
     for unit in share(batch * blocks, thread, threads):
         sequence, first = unit // blocks, unit % blocks * WIDTH
         n, offset = min(WIDTH, width - first), 4 * (sequence * width + first) * rank
-        parameters(u_scale, first, n, us)
-        parameters(dt_scale, first, n, dts)
-        parameters(z_scale, first, n, zs)
-        parameters(D, first, n, skip)
-        parameters(dt_bias, first, n, bias)
-        to_lanes(A + 4 * first * rank, rank, n, decay)
-        for i in range(rank * WIDTH):
-            decay[i] *= LOG2E
-        h[:] = ZERO
-        if state:
-            to_lanes(state + offset, rank, n, h)
-        for step in range(length):
+        given = state + offset if state else 0
+        scales = (u_scale, dt_scale, z_scale, D, dt_bias)
+        begin(scales, A + 4 * first * rank, given, first, n, rank, room)
+        for step in range(0, length, CHUNK):
             row = sequence * length + (length - 1 - step if backwards else step)
-            u_row, dt_row = u + row * u_apart + first, dt + row * dt_apart + first
-            inputs(u_row, dt_row, n, us, dts, bias, positive, u_now, dt_now)
-            b, c = int8_at(B + row * B_apart, rank), int8_at(C + row * C_apart, rank)
-            advance(b, B_scales[row], c, C_scales[row], u_now, dt_now, dt_u, decay, skip, h, y)
-            written = float32_at(out + 4 * (row * width + first), n)
-            gate(z + row * z_apart + first if z else 0, zs, y, written)
-        from_lanes(h, rank, n, new + offset)
+            places = (
+                u + row * u_apart + first, dt + row * dt_apart + first,
+                z + row * z_apart + first if z else 0, B + row * B_apart, C + row * C_apart,
+                out + 4 * (row * width + first),
+            )  # fmt: skip
+            token_scales, count = (B_scale + 4 * row, C_scale + 4 * row), min(CHUNK, length - step)
+            advance(places, apart, token_scales, 4 * sign, rank, count, n, positive, room)
+        from_lanes(room + STATES, rank, n, new + offset)
+    keep(memory)
 
 
 def plain(scale: Tensor | None, *allowed: int) -> bool:

@@ -93,7 +93,7 @@ def _rows_dot(kind: Any, size: int) -> Any:
         def generate(context, builder, signature, arguments):
             out, x, rows, stride, count, blocks = arguments
             bases = [address_of_row(builder, rows, stride, i, count) for i in range(ROWS)]
-            fused = _multiply_add(builder)
+            fused = multiply_add(builder)
 
             def step(index: Any, totals: list[Any]) -> list[Any]:
                 values = load(builder, builder.add(x, builder.mul(index, integer(64))), FLOATS)
@@ -114,7 +114,8 @@ def _rows_dot(kind: Any, size: int) -> Any:
     return rows_dot
 
 
-def _multiply_add(builder: Any) -> Any:
+def multiply_add(builder: Any) -> Any:
+    """The function of three registers that rounds a product and a sum once."""
     name, module = "llvm.fmuladd.v16f32", builder.module
     kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     return module.globals.get(name) or ir.Function(module, kind, name)
@@ -160,7 +161,7 @@ def _rows_sum(kind: Any, size: int, registers: int) -> Any:
     def rows_sum(typing_context, out, weights, rows, stride, count):
         def generate(context, builder, signature, arguments):
             out, weights, rows, stride, count = arguments
-            fused, every = _multiply_add(builder), ir.Constant(WORDS, [0] * 16)
+            fused, every = multiply_add(builder), ir.Constant(WORDS, [0] * 16)
 
             def step(index: Any, totals: list[Any]) -> list[Any]:
                 place = builder.add(weights, builder.mul(index, integer(4)))

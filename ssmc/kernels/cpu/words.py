@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
@@ -83,6 +84,19 @@ def int64_at(address, count):
 def share(count, thread, threads):
     """The range of `count` things that is a thread's."""
     return range(count * thread // threads, count * (thread + 1) // threads)
+
+
+LINE = 64  # bytes
+
+
+@njit
+def scratch(size):
+    """Memory of `size` bytes, zeros, as an array, and the address in it where a cache line begins.
+
+    What is made of addresses has no references to count, which would be atomic at each call.
+    """
+    memory = np.zeros(size + LINE, np.int8)
+    return memory, (memory.ctypes.data + LINE - 1) // LINE * LINE
 
 
 @njit

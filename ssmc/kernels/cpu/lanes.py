@@ -1,0 +1,200 @@
+"""Functions of `numbers` on registers of 16 float32, to the same bits, and what is made of them.
+
+A loop over a few lanes spends more on asking whether its arrays overlap than on numbers. These ask
+nothing: what they write may be what they read, and overlaps it in no other way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ssmc.kernels.cpu import numbers
+from ssmc.kernels.cpu.vectors import FLOATS, WORDS, integer, load, multiply_add, store
+from ssmc.kernels.cpu.words import F32, I8, for_loop
+
+LANES = 16
+EXPONENT = ir.Constant(WORDS, [23] * LANES)  # where the bits of a float32 have it
+MAGNITUDE = ir.Constant(WORDS, [0x7FFFFFFF] * LANES)
+
+
+def every(value: Any) -> Any:
+    """A number in all lanes."""
+    return ir.Constant(FLOATS, [float(value)] * LANES)
+
+
+def broadcast(builder: Any, address: Any) -> Any:
+    """The float32 at an address in all lanes."""
+    single = builder.bitcast(load(builder, address, F32), ir.VectorType(F32, 1))
+    return builder.shuffle_vector(single, single, ir.Constant(WORDS, [0] * LANES))
+
+
+def _series(builder: Any, coefficients: Any, x: Any) -> Any:
+    """The sum of coefficients, the highest first, times powers of x."""
+    first, *rest = coefficients
+    p = every(first)
+    for coefficient in rest:
+        p = builder.call(multiply_add(builder), [p, x, every(coefficient)])
+    return p
+
+
+def exp2(builder: Any, x: Any) -> Any:
+    """`numbers.exp2`."""
+    for sign, bound in ((">", numbers.LOWEST), ("<", numbers.HIGHEST)):
+        within = builder.fcmp_ordered(sign, x, every(bound))
+        x = builder.select(within, x, every(bound))
+    z = builder.fadd(x, every(numbers.ROUND))
+    r = builder.fsub(x, builder.fsub(z, every(numbers.ROUND)))
+    p = _series(builder, (*reversed(numbers.SERIES), numbers.ONE), r)
+    power = builder.shl(builder.bitcast(z, WORDS), EXPONENT)
+    return builder.bitcast(builder.add(builder.bitcast(p, WORDS), power), FLOATS)
+
+
+def silu(builder: Any, x: Any) -> Any:
+    """`numbers.silu`."""
+    decay = exp2(builder, builder.fmul(builder.fneg(x), every(numbers.LOG2E)))
+    return builder.fdiv(x, builder.fadd(every(numbers.ONE), decay))
+
+
+def softplus(builder: Any, x: Any) -> Any:
+    """`numbers.softplus`."""
+    size = builder.bitcast(builder.and_(builder.bitcast(x, WORDS), MAGNITUDE), FLOATS)
+    t = exp2(builder, builder.fmul(builder.fneg(size), every(numbers.LOG2E)))
+    p = _series(builder, reversed(numbers.LOGARITHM), t)
+    positive = builder.fcmp_ordered(">", x, every(numbers.ZERO))
+    above = builder.select(positive, x, every(numbers.ZERO))
+    return builder.call(multiply_add(builder), [p, t, above])
+
+
+def bytes_at(builder: Any, address: Any) -> Any:
+    """16 int8 as float32."""
+    return builder.sitofp(load(builder, address, ir.VectorType(I8, LANES)), FLOATS)
+
+
+def _blocks(builder: Any, count: Any, body: Any) -> None:
+    """`body(index, 4 * 16 * index)` for blocks of 16 lanes."""
+
+    def step(index: Any, _: list[Any]) -> list[Any]:
+        body(builder.mul(index, integer(LANES)), builder.mul(index, integer(4 * LANES)))
+        return []
+
+    for_loop(builder, count, [], step)
+
+
+@intrinsic
+def dequantise(typing_context, out, q, scale, shift, blocks):
+    """float32 at `out` = int8 at q times scale, plus shift, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        out, q, scale, shift, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            operands = [bytes_at(builder, builder.add(q, index))]
+            operands += [load(builder, builder.add(base, place), FLOATS) for base in (scale, shift)]
+            value = builder.call(multiply_add(builder), operands)
+            store(builder, value, builder.add(out, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
+def dequantise_token(typing_context, out, q, scale, blocks):
+    """float32 at `out` = int8 at q times the one float32 at scale, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        out, q, scale, blocks = arguments
+        factor = broadcast(builder, scale)
+
+        def body(index: Any, place: Any) -> None:
+            values = bytes_at(builder, builder.add(q, index))
+            store(builder, builder.fmul(values, factor), builder.add(out, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def softplus_of(typing_context, x, blocks):
+    """softplus of float32 at an address, in their place, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        x, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            at = builder.add(x, place)
+            store(builder, softplus(builder, load(builder, at, FLOATS)), at)
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), generate
+
+
+@intrinsic
+def gated(typing_context, out, y, z, scale, blocks):
+    """float32 at `out` = y times SiLU of int8 at z times scale, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        out, y, z, scale, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            integers = bytes_at(builder, builder.add(z, index))
+            factors, values = (
+                load(builder, builder.add(base, place), FLOATS) for base in (scale, y)
+            )
+            value = builder.fmul(values, silu(builder, builder.fmul(integers, factors)))
+            store(builder, value, builder.add(out, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
+def recurrence(typing_context, h, decay, B, C, rank, dt, u, skip, y):
+    """h = 2^(dt decay) h + dt u B for each state, y = C h + skip u; of 32 channels.
+
+    h, decay float32 [rank, 32]; B, C [rank]; dt, u, skip, y [32], all at addresses.
+    """
+
+    def generate(context, builder, signature, arguments):
+        h, decay, B, C, rank, dt, u, skip, y = arguments
+
+        def at(base: Any) -> list[Any]:
+            return [builder.add(base, integer(4 * LANES * i)) for i in range(2)]
+
+        sizes, values, skips = (
+            [load(builder, place, FLOATS) for place in at(base)] for base in (dt, u, skip)
+        )
+        updates = [builder.fmul(*pair) for pair in zip(sizes, values, strict=True)]
+        direct = [builder.fmul(*pair) for pair in zip(skips, values, strict=True)]
+        fused = multiply_add(builder)
+
+        def step(index: Any, totals: list[Any]) -> list[Any]:
+            single, row = builder.mul(index, integer(4)), builder.mul(index, integer(8 * LANES))
+            b, c = (broadcast(builder, builder.add(base, single)) for base in (B, C))
+            new, parts = [], (at(builder.add(decay, row)), at(builder.add(h, row)))
+            for rate, place, size, update, total in zip(
+                *parts, sizes, updates, totals, strict=True
+            ):
+                factor = exp2(builder, builder.fmul(size, load(builder, rate, FLOATS)))
+                added = builder.fmul(update, b)
+                state = builder.call(fused, [factor, load(builder, place, FLOATS), added])
+                store(builder, state, place)
+                new.append(builder.call(fused, [state, c, total]))
+            return new
+
+        for total, place in zip(for_loop(builder, rank, direct, step), at(y), strict=True):
+            store(builder, total, place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), generate
