@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
+from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.lanes import add_product, scaled_sums
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.linear import add, copy_rows
 from ssmc.kernels.cpu.products import rows_product
 from ssmc.kernels.cpu.vectors import ROWS
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int64_at, keep, share
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int64_at, keep, scratch, share
 
-ZERO = np.float32(0)
+
+@njit
+def _copy(values, count, out):
+    """float32 [count] at an address to another."""
+    given, copied = float32_at(values, count), float32_at(out, count)
+    for i in range(count):
+        copied[i] = given[i]
 
 
 @kernel()
@@ -24,36 +31,33 @@ def _experts(arguments, thread, threads):
     blocks, steps = (n + ROWS - 1) // ROWS, (k + 63) // 64
     wide, cells, summed = steps * 64, experts * n * k, choices if weight else 1
     room = 0 if k == wide else wide  # whole blocks are read where they are
-    padded, whole = np.zeros(room, np.int8), np.zeros(ROWS * room, np.int8)
-    sums, chosen, scales, weights = (
-        np.empty(ROWS, np.int32),
-        int64_at(index, count),
-        float32_at(w_scale, experts * n),
-        float32_at(weight, count),
-    )
-    for unit in share(count // summed * blocks, thread, threads):
-        row, begin = unit // blocks, unit % blocks * ROWS
+    memory, sums = scratch(4 * ROWS * 4 + (1 + ROWS) * room)
+    factors, y, total = sums + 4 * ROWS, sums + 8 * ROWS, sums + 12 * ROWS
+    padded, whole = sums + 16 * ROWS, sums + 16 * ROWS + room
+    chosen, tokens = int64_at(index, count), count // summed
+    for unit in share(tokens * blocks, thread, threads):  # rows of a weight stay near for all
+        row, begin = unit % tokens, unit // tokens * ROWS
         size = min(ROWS, n - begin)
-        y = float32_at(out + 4 * (row * n + begin), size)
-        y[:] = ZERO
+        float32_at(total, ROWS)[:] = 0
         for choice in range(row * summed, (row + 1) * summed):
             token, first = choice if each else choice // choices, chosen[choice] * n + begin
             source, apart, values = w + first * k, k, x + token * stride
             if room:
-                copy_rows(values, stride, 1, k, padded.ctypes.data, wide)
-                values = padded.ctypes.data
+                copy_rows(values, stride, 1, k, padded, wide)
+                values = padded
             if (first + size - 1) * k + wide > cells:  # the weight would be read beyond its end
-                copy_rows(source, k, size, k, whole.ctypes.data, wide)
-                source, apart = whole.ctypes.data, wide
-            rows_product(sums.ctypes.data, values, source, apart, size, steps)
-            factor = np.float64(float32_at(x_scale, token + 1)[token])
-            for i in range(size):
-                value = np.float32(np.float64(sums[i]) * (factor * np.float64(scales[first + i])))
-                y[i] = y[i] + value * weights[choice] if weight else value
+                copy_rows(source, k, size, k, whole, wide)
+                source, apart = whole, wide
+            rows_product(sums, values, source, apart, size, steps)
+            _copy(w_scale + 4 * first, size, factors)
+            scaled_sums(y, sums, 0, x_scale + 4 * token, factors, 1)
+            if weight:
+                add_product(total, y, weight + 4 * choice, 1)
+        result = float32_at(out + 4 * (row * n + begin), size)
+        _copy(total if weight else y, size, out + 4 * (row * n + begin))
         if residual:
-            add(float32_at(residual + 4 * (row * apart_residual + begin), size), y)
-    keep(padded)
-    keep(whole)
+            add(float32_at(residual + 4 * (row * apart_residual + begin), size), result)
+    keep(memory)
 
 
 def int8_expert_linear(

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from ssmc.kernels.cpu import numbers
 from ssmc.kernels.cpu.vectors import FLOATS, WORDS, integer, load, multiply_add, store
-from ssmc.kernels.cpu.words import F32, I8, for_loop
+from ssmc.kernels.cpu.words import F32, I8, I32, for_loop
 
 LANES = 16
 EXPONENT = ir.Constant(WORDS, [23] * LANES)  # where the bits of a float32 have it
@@ -198,3 +198,95 @@ def recurrence(typing_context, h, decay, B, C, rank, dt, u, skip, y):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), generate
+
+
+@intrinsic
+def scaled_sums(typing_context, y, sums, excess, x_scale, w_scale, blocks):
+    """float32 at y = (int32 at sums - excess) times x_scale, one float32, and w_scale; 16 `blocks`.
+
+    In float64, and rounded once.
+    """
+
+    def generate(context, builder, signature, arguments):
+        y, sums, excess, x_scale, w_scale, blocks = arguments
+        wide = ir.VectorType(ir.DoubleType(), LANES)
+        factor = builder.fpext(broadcast(builder, x_scale), wide)
+        excess = builder.trunc(excess, I32)
+        zero = ir.Constant(WORDS, [0] * LANES)
+        single = builder.insert_element(zero, excess, ir.Constant(I32, 0))
+        too_much = builder.shuffle_vector(single, single, zero)
+
+        def body(index: Any, place: Any) -> None:
+            total = builder.sub(load(builder, builder.add(sums, place), WORDS), too_much)
+            scale = builder.fpext(load(builder, builder.add(w_scale, place), FLOATS), wide)
+            value = builder.fmul(builder.sitofp(total, wide), builder.fmul(factor, scale))
+            store(builder, builder.fptrunc(value, FLOATS), builder.add(y, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def add_to(typing_context, y, x, blocks):
+    """float32 at y += those at x, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        y, x, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            at = builder.add(y, place)
+            value = load(builder, builder.add(x, place), FLOATS)
+            store(builder, builder.fadd(load(builder, at, FLOATS), value), at)
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def add_product(typing_context, y, x, factor, blocks):
+    """float32 at y += those at x times one float32, rounded once; of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        y, x, factor, blocks = arguments
+        scale = broadcast(builder, factor)
+
+        def body(index: Any, place: Any) -> None:
+            value, total = (load(builder, builder.add(base, place), FLOATS) for base in (x, y))
+            total = builder.call(multiply_add(builder), [value, scale, total])
+            store(builder, total, builder.add(y, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+def rounded(builder: Any, x: Any, inverse: Any) -> Any:
+    """`words.to_int8`."""
+    value = builder.fmul(x, inverse)
+    for sign, bound in (("<", 127.0), (">", -127.0)):
+        within = builder.fcmp_ordered(sign, value, every(bound))
+        value = builder.select(within, value, every(bound))
+    bits = builder.bitcast(builder.fadd(value, every(numbers.ROUND)), WORDS)
+    return builder.trunc(bits, ir.VectorType(I8, LANES))
+
+
+@intrinsic
+def round_to(typing_context, q, x, inverse, blocks):
+    """int8 at q = float32 at x times inverse, one for each, rounded; of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        q, x, inverse, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            operands = [load(builder, builder.add(base, place), FLOATS) for base in (x, inverse)]
+            store(builder, rounded(builder, *operands), builder.add(q, index))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate

@@ -13,11 +13,20 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.lanes import add_to, round_to, scaled_sums
 from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.products import TILE_W, TILE_X, pack_rows, rows_product, tile_product
 from ssmc.kernels.cpu.quantize import quantize_segments
 from ssmc.kernels.cpu.vectors import ROWS
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, keep, to_int8
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    int8_at,
+    int32_at,
+    keep,
+    scratch,
+    to_int8,
+)
 
 FEW = 8  # rows of x that are multiplied one by one
 PANEL = ROWS * TILE_W
@@ -40,28 +49,54 @@ def add(values, y):
 
 
 @njit
-def _finish(sums, y, count, first, row, a):
-    """Sums of products int32 [count], of columns from `first` on, to what they are to become.
+def column_parameters(w_scale, bias, out_scale, count, size, room):
+    """The scales of columns, their biases, and the inverses of the scales of results.
 
-    y float32 is room for as many.
+    Three rows of `size` float32, of which `count` are used; those at address 0 are left out.
     """
-    _, _, _, x_scale, _, n, w_scale, bias, residual, apart, out, out_scale, _ = a
-    factor = np.float64(float32_at(x_scale, row + 1)[row])
-    factors = float32_at(w_scale + 4 * first, count)
+    factors, given = float32_at(room, size), float32_at(w_scale, count)
     for i in range(count):
-        y[i] = np.float32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
+        factors[i] = given[i]
     if bias:
-        add(float32_at(bias + 4 * first, count), y)
-    if residual:
-        add(float32_at(residual + 4 * (row * apart + first), count), y)
+        shifts, given = float32_at(room + 4 * size, size), float32_at(bias, count)
+        for i in range(count):
+            shifts[i] = given[i]
     if out_scale:
-        scales, q = float32_at(out_scale + 4 * first, count), int8_at(out + row * n + first, count)
+        inverses, scales = float32_at(room + 8 * size, size), float32_at(out_scale, count)
         for i in range(count):
-            q[i] = to_int8(y[i], ONE / scales[i])
-    else:
-        written = float32_at(out + 4 * (row * n + first), count)
+            inverses[i] = ONE / scales[i]
+
+
+@njit
+def finish(sums, excess, x_scale, bias, residual, rounds, count, size, room, out):
+    """Sums of products int32 [size], too large by `excess`, to `count` results at `out`.
+
+    room: what `column_parameters` made, and a row for the results.
+    """
+    blocks, y = size // ROWS, room + 12 * size
+    if count == size and not rounds:
+        y = out
+    scaled_sums(y, sums, excess, x_scale, room, blocks)
+    if bias:
+        add_to(y, room + 4 * size, blocks)
+    if residual and count == size:
+        add_to(y, residual, blocks)
+    elif residual:
+        add(float32_at(residual, count), float32_at(y, count))
+    if rounds and count == size:
+        round_to(out, y, room + 8 * size, blocks)
+    elif rounds:
+        values, inverses, q = (
+            float32_at(y, count),
+            float32_at(room + 8 * size, count),
+            int8_at(out, count),
+        )
         for i in range(count):
-            written[i] = y[i]
+            q[i] = to_int8(values[i], inverses[i])
+    elif count < size:
+        values, written = float32_at(y, count), float32_at(out, count)
+        for i in range(count):
+            written[i] = values[i]
 
 
 @njit
@@ -100,63 +135,74 @@ def _pack_panel(packed, w, n, k, panel):
 
 
 @njit
+def _write_row(sums, excess, first, count, size, row, room, a):
+    """Row `row` of the columns from `first` on."""
+    _, _, _, x_scale, _, n, _, bias, residual, apart, out, out_scale, _ = a
+    added = residual + 4 * (row * apart + first) if residual else 0
+    written = out + (1 if out_scale else 4) * (row * n + first)
+    finish(sums, excess, x_scale + 4 * row, bias, added, out_scale, count, size, room, written)
+
+
+@njit
 def _many(a, thread, threads):
     """Tiles: threads share the rows of x, or where these are few the rows of the weight."""
-    x, x_stride, m, _, w, n, _, _, _, _, _, _, k = a
+    x, x_stride, m, _, w, n, w_scale, bias, _, _, _, out_scale, k = a
     first, last, left, right = 0, m, 0, n
     if m >= 32 * threads:
         first, last = _blocks(m, TILE_X, thread, threads)
     else:
         left, right = _blocks(n, PANEL, thread, threads)
     steps = (k + 3) // 4
-    packed = np.empty((k // 64 + 1) * 64 * PANEL, np.int8)
-    tile, excess = np.empty(TILE_X * PANEL, np.int32), np.empty(last - first, np.int32)
-    whole, y = np.zeros(TILE_X * steps * 4, np.int8), np.empty(PANEL, np.float32)
+    panel_size, tile_size = (k // 64 + 1) * 64 * PANEL, 4 * TILE_X * PANEL
+    memory, packed = scratch(panel_size + tile_size + 16 * PANEL + TILE_X * steps * 4 + 4 * m)
+    tile, columns = packed + panel_size, packed + panel_size + tile_size
+    excess = int32_at(columns + 16 * PANEL, m)
+    whole = columns + 16 * PANEL + 4 * m
     for row in range(first, last):
-        excess[row - first] = 128 * _sum_of(int8_at(x + row * x_stride, k))
+        excess[row] = 128 * _sum_of(int8_at(x + row * x_stride, k))
     for panel in range(left, right, PANEL):
-        _pack_panel(packed.ctypes.data, w, n, k, panel)
+        _pack_panel(packed, w, n, k, panel)
         width = min(PANEL, n - panel)
+        shifts, scales = bias + 4 * panel if bias else 0, out_scale + 4 * panel if out_scale else 0
+        column_parameters(w_scale + 4 * panel, shifts, scales, width, PANEL, columns)
         for row in range(first, last, TILE_X):
             count, source, stride = min(TILE_X, last - row), x + row * x_stride, x_stride
             if k % 4:  # a step would read beyond a row
-                copy_rows(source, stride, count, k, whole.ctypes.data, 4 * steps)
-                source, stride = whole.ctypes.data, 4 * steps
-            tile_product(tile.ctypes.data, source, stride, count, packed.ctypes.data, steps)
+                copy_rows(source, stride, count, k, whole, 4 * steps)
+                source, stride = whole, 4 * steps
+            tile_product(tile, source, stride, count, packed, steps)
             for r in range(count):
-                sums = tile[r * PANEL : (r + 1) * PANEL]
-                for i in range(PANEL):
-                    sums[i] -= excess[row + r - first]
-                _finish(sums, y, width, panel, row + r, a)
-    keep(packed)
-    keep(whole)
+                sums = tile + 4 * PANEL * r
+                _write_row(sums, excess[row + r], panel, width, PANEL, row + r, columns, a)
+    keep(memory)
 
 
 @njit
 def _few(a, thread, threads):
     """Rows of the weight as they are; threads share them."""
-    x, x_stride, m, _, w, n, _, _, _, _, _, _, k = a
+    x, x_stride, m, _, w, n, w_scale, bias, _, _, _, out_scale, k = a
     first, last = _blocks(n, ROWS, thread, threads)
     blocks = (k + 63) // 64
     wide = blocks * 64
     room = 0 if k == wide else wide  # whole blocks are read where they are
-    padded, whole = np.zeros(m * room, np.int8), np.zeros(ROWS * room, np.int8)
-    sums, y = np.empty(ROWS, np.int32), np.empty(ROWS, np.float32)
+    memory, sums = scratch((4 + 16) * ROWS + (m + ROWS) * room)
+    columns = sums + 4 * ROWS
+    whole = columns + 16 * ROWS
     source_x, apart = x, x_stride
     if room:
-        copy_rows(x, x_stride, m, k, padded.ctypes.data, wide)
-        source_x, apart = padded.ctypes.data, wide
+        source_x, apart = whole + ROWS * wide, wide
+        copy_rows(x, x_stride, m, k, source_x, wide)
     for begin in range(first, last, ROWS):
         count, source, stride = min(ROWS, n - begin), w + begin * k, k
         if (begin + count - 1) * k + wide > n * k:  # the weight would be read beyond its end
-            copy_rows(source, stride, count, k, whole.ctypes.data, wide)
-            source, stride = whole.ctypes.data, wide
+            copy_rows(source, stride, count, k, whole, wide)
+            source, stride = whole, wide
+        shifts, scales = bias + 4 * begin if bias else 0, out_scale + 4 * begin if out_scale else 0
+        column_parameters(w_scale + 4 * begin, shifts, scales, count, ROWS, columns)
         for row in range(m):
-            values = source_x + row * apart
-            rows_product(sums.ctypes.data, values, source, stride, count, blocks)
-            _finish(sums, y, count, begin, row, a)
-    keep(padded)
-    keep(whole)
+            rows_product(sums, source_x + row * apart, source, stride, count, blocks)
+            _write_row(sums, 0, begin, count, ROWS, row, columns, a)
+    keep(memory)
 
 
 @kernel()

@@ -5,7 +5,6 @@ Each thread does the norms and the rounding of a token, which are little, for it
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -22,7 +21,7 @@ from ssmc.kernels.cpu.launch import (
     vector,
     widened,
 )
-from ssmc.kernels.cpu.linear import copy_rows
+from ssmc.kernels.cpu.linear import column_parameters, copy_rows, finish
 from ssmc.kernels.cpu.norm import normalise
 from ssmc.kernels.cpu.products import rows_product
 from ssmc.kernels.cpu.quantize import quantize_row
@@ -42,15 +41,12 @@ from ssmc.kernels.cpu.words import (
     float32_at,
     float_of_bits,
     int8_at,
-    int32_at,
     keep,
     scratch,
     share,
-    to_int8,
 )
 
-F32 = np.float32
-ONE = F32(1)
+PRODUCTS = 4 * ROWS * (1 + 4)  # bytes: sums of 16 channels, and what finishes them
 
 
 @njit
@@ -66,30 +62,21 @@ def _round(x, n, normed, weight, eps, room, q):
 
 @njit
 def _step_sizes(low, scale, w, w_scale, bias, out_scale, rank, first, n, width, room, out):
-    """dt_proj of n channels from `first` on, rounded; low int8 [64 blocks].
+    """dt_proj of n channels from `first` on, rounded; low int8 [64 blocks] and its scale.
 
-    room: 16 int32 and as many float32, then 16 such rows as low.
+    room: PRODUCTS bytes, then 16 such rows as low.
     """
     blocks = (rank + 63) // 64
-    wide, factor = blocks * 64, np.float64(scale)
-    sums, y, copied = int32_at(room, ROWS), float32_at(room + 64, ROWS), room + 128
+    columns, copied, wide = room + 4 * ROWS, room + PRODUCTS, blocks * 64
     for start in range(first, first + n, ROWS):
         count, source, apart = min(ROWS, first + n - start), w + start * rank, rank
         if (start + count - 1) * rank + wide > width * rank:  # it would be read beyond its end
             copy_rows(source, rank, count, rank, copied, wide)
             source, apart = copied, wide
         rows_product(room, low, source, apart, count, blocks)
-        rounded = int8_at(out + start - first, count)
-        factors = float32_at(w_scale + 4 * start, count)
-        for i in range(count):
-            y[i] = F32(np.float64(sums[i]) * (factor * np.float64(factors[i])))
-        if bias:
-            shifts = float32_at(bias + 4 * start, count)
-            for i in range(count):
-                y[i] += shifts[i]
-        scales = float32_at(out_scale + 4 * start, count)
-        for i in range(count):
-            rounded[i] = to_int8(y[i], ONE / scales[i])
+        shifts = bias + 4 * start if bias else 0
+        column_parameters(w_scale + 4 * start, shifts, out_scale + 4 * start, count, ROWS, columns)
+        finish(room, 0, scale, bias, 0, 1, count, ROWS, columns, out + start - first)
 
 
 @kernel()
@@ -101,11 +88,11 @@ def _step(arguments, thread, threads):
     ) = arguments_at(arguments, 27)  # fmt: skip
     blocks, wide, least = (width + WIDTH - 1) // WIDTH, (low_n + 63) // 64 * 64, float_of_bits(eps)
     longest = max(low_n, rank)
-    memory, room = scratch(room_for(rank) + ROW + (ROWS + 1) * wide + 6 * longest + 256)
+    memory, room = scratch(room_for(rank) + ROW + PRODUCTS + (ROWS + 1) * wide + 6 * longest + 64)
     # Step sizes and three scales; what they are made of; sums of these products; norms; B and C.
     dt = (room + room_for(rank) + 63) // 64 * 64
     low, products = dt + ROW, dt + ROW + wide
-    normed_room = products + 128 + ROWS * wide
+    normed_room = products + PRODUCTS + ROWS * wide
     B, segment_scales = normed_room + 4 * longest, float32_at(dt + WIDTH, 3)
     C = B + rank
     done = -1
@@ -121,7 +108,7 @@ def _step(arguments, thread, threads):
             segment_scales[2] = _round(row, rank, normed, C_norm, least, normed_room, C)
             done = sequence
         _step_sizes(
-            low, segment_scales[0], w, w_scale, bias, dt_scale, low_n, first, n, width, products, dt
+            low, dt + WIDTH, w, w_scale, bias, dt_scale, low_n, first, n, width, products, dt
         )
         scales = (u_scale, dt_scale, z_scale, D, dt_bias)
         begin(scales, A + 4 * first * rank, state + offset, first, n, rank, room)
