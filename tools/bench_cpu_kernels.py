@@ -125,7 +125,7 @@ def time_case(case: Case, rates: dict[int, Rates], rounds: int) -> Measured:
         tapes[count] = _tape(case, operands * (calls // case.sets))
     times = {count: [t / calls for t in ts] for count, ts in _runs(tapes, rounds).items()}
     return Measured(
-        moved,
+        moved.bytes,
         [case.floor(moved, found) for found in rates.values()],
         [statistics.median(ts) for ts in times.values()],
         [min(ts) for ts in times.values()],

@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 
 from bench_cpu_kernels import HEADER, main, row, time_case
 from cpu_cases import jamba, mamba, mamba2, models
-from cpu_cases.case import Case
+from cpu_cases.case import Case, Moved
 from cpu_cases.rates import Rates, measure
 from cpu_cases.shared import Call, conv, product
 
@@ -41,10 +41,15 @@ def test_bandwidth_is_that_of_the_largest_set_that_is_no_larger() -> None:
 
 def test_floors_are_bytes_or_all_operations() -> None:
     case = Case("m", "k", "1", abs, tuple, products=40, floats=20, exponentials=10)
-    assert case.floor(moved=320, rates=RATES) == 320 / 8
-    assert case.floor(moved=8, rates=RATES) == 10 + 10 + 10
-    far = Case("m", "k", "1", abs, tuple, sets=4)
-    assert far.floor(moved=320, rates=RATES) == 320 / 4  # all sets are 1280 bytes
+    assert case.floor(Moved(320, among=320), RATES) == 320 / 8
+    assert case.floor(Moved(320, among=1280), RATES) == 320 / 4
+    assert case.floor(Moved(8, among=8), RATES) == 10 + 10 + 10
+
+
+def test_a_state_that_is_written_over_is_moved_twice_but_lies_in_one_place() -> None:
+    state, row = torch.zeros(5), torch.zeros(2)
+    case = Case("m", "k", "1", abs, tuple, sets=3)
+    assert case.moved((state, row, 1.0), [state]) == Moved(4 * 12, among=3 * 4 * 7)
 
 
 def test_work_is_counted_from_shapes() -> None:
@@ -52,7 +57,7 @@ def test_work_is_counted_from_shapes() -> None:
     assert (case.products, case.exponentials) == (3 * 64 * 4, 3 * 64)
     args = case.inputs()
     state, parameters = 2 * 3 * 64, 64 * (4 + 4 + 4 + 4 + 4)  # x, w and u scales, bias; 4 taps
-    assert case.moved(args, case.run(*args)) == 2 * 3 * 64 + state + parameters
+    assert case.moved(args, case.run(*args)).bytes == 2 * 3 * 64 + state + parameters
     case = product(Call("m", 3), "p", 10, 20)
     assert case.products == 3 * 10 * 20
     scan = next(c for c in mamba.prompt(MAMBA, 5) if "scan" in c.kernel)
@@ -66,7 +71,7 @@ def test_a_step_moves_what_it_touches() -> None:
     moved = {}
     for case in (*mamba.step(MAMBA), *jamba.step(JAMBA, 5)):
         args = case.inputs()
-        moved[case.kernel] = case.moved(args, case.run(*args))
+        moved[case.kernel] = case.moved(args, case.run(*args)).bytes
     position = token = 8
     assert moved["embedding"] == token + 32 + 4 + 4 * 32
     assert moved["cache"] == position + 2 * 4 * 2 * 16

@@ -160,6 +160,16 @@ def test_gated_norms(n: int, group: int | None, block: int, norm_before_gate: bo
     check("gated_norm_quantize", *args)
 
 
+@pytest.mark.parametrize("taps", [2, 3, 4, 5])
+@pytest.mark.parametrize(("length", "width"), [(1, 5), (6, 32), (9, 300)])
+def test_convolutions_with_and_without_a_state(length: int, width: int, taps: int) -> None:
+    weight = quantize_weight(torch.randn(width, taps))
+    args = (integers(2, length, width), scales(width), *weight)
+    for bias, state in ((None, None), (torch.randn(width), integers(2, taps - 1, width))):
+        check("int8_causal_conv1d", *args, bias, state, "none")
+        check("int8_causal_conv1d_quantize", *args, bias, state, "silu", scales(width))
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_convolutions_of_many_channels(length: int) -> None:
     wide = integers(2, length, 900)
@@ -173,7 +183,7 @@ def test_convolutions_of_many_channels(length: int) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 8, 16), (2, 11, 45, 16), (1, 5, 7, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 16), (2, 41, 45, 16), (1, 5, 7, 5), (1, 17, 64, 20)])
 def test_selective_scans(shape: tuple[int, int, int, int], reverse: bool) -> None:
     batch, length, width, rank = shape
     wide, token = integers(batch, length, 2 * width), (batch, length, 1)
@@ -185,6 +195,23 @@ def test_selective_scans(shape: tuple[int, int, int, int], reverse: bool) -> Non
     check("int8_selective_scan", *args, *rest, state, True, reverse)
     by_state = (A, B, scales(rank), C, scales(rank))  # scales that no kernel takes
     check("int8_selective_scan", *args, *by_state)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("length", "width", "rank"), [(1, 64, 128), (70, 3, 5), (5, 20, 40), (3, 16, 147)]
+)
+def test_ssd_scans(length: int, width: int, rank: int, reverse: bool) -> None:
+    heads, groups = 4, 2
+    x = integers(2, length, heads * width + 3)[..., 3:].unflatten(-1, (heads, width))
+    dt, A = integers(2, length, heads), -1 - torch.rand(heads)
+    B, C = integers(2, 2, length, groups, rank)
+    B_scale, C_scale = scales(2, 2, length, groups, 1)
+    D, bias = torch.randn(2, heads)
+    args = (x, scales(heads, width), dt, scales(heads), A, B, B_scale, C, C_scale)
+    check("int8_ssd_scan", *args, None, None, None, 0.01, 0.5, reverse)
+    state = torch.randn(2, heads, width, rank)
+    check("int8_ssd_scan", *args, D, bias, state, 0.0, float("inf"), reverse)
 
 
 def test_a_step_writes_over_its_state() -> None:

@@ -20,6 +20,14 @@ weight = partial(operands.weight, bits=8, device=CPU)
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Bytes read and written by a call, and the memory of all calls that they lie in."""
+
+    bytes: int
+    among: int
+
+
+@dataclass(frozen=True)
 class Case:
     """One kernel at one size.
 
@@ -40,25 +48,28 @@ class Case:
     unread: int = 0
     sets: int = 1
 
-    def moved(self, args: Iterable[Any], results: Any) -> int:
-        """Bytes of a call: each operand read once, each result written once."""
-        return size(args) + size(results) - self.unread
+    def moved(self, args: Iterable[Any], results: Any) -> Moved:
+        """What a call moves: each operand read once, each result written once."""
+        tensors = [*_tensors(args), *_tensors(results)]
+        distinct = {tensor.data_ptr(): _bytes(tensor) for tensor in tensors}
+        count = sum(map(_bytes, tensors)) - self.unread
+        return Moved(count, min(count, sum(distinct.values())) * self.sets)
 
-    def floor(self, moved: int, rates: Rates) -> float:
-        """Seconds of a call that moves so many bytes: those, or all operations, which share units.
-
-        Bytes come from where a set as large as those of all calls lies.
-        """
+    def floor(self, moved: Moved, rates: Rates) -> float:
+        """Seconds of a call: of what it moves, or of all operations, which share units."""
         operations = (
             self.products / rates.products
             + self.floats / rates.floats
             + self.exponentials / rates.exponentials
         )
-        return max(moved / rates.bandwidth(moved * self.sets), operations)
+        return max(moved.bytes / rates.bandwidth(moved.among), operations)
 
 
-def size(values: Any) -> int:
-    """Bytes of all tensors."""
+def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
-        return values.numel() * values.element_size()
-    return sum(map(size, values)) if isinstance(values, tuple | list) else 0
+        return [values]
+    return [t for v in values for t in _tensors(v)] if isinstance(values, tuple | list) else []
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

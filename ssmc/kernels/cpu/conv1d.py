@@ -7,14 +7,34 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ssmc.kernels.cpu.lanes import round_to, scale_sums, silu_of
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, vector
-from ssmc.kernels.cpu.numbers import silu
+from ssmc.kernels.cpu.linear import copy_rows
+from ssmc.kernels.cpu.products import TAPS, slide
 from ssmc.kernels.cpu.quantize import quantize_dynamic
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, int32_at, share, to_int8
+from ssmc.kernels.cpu.vectors import ROWS
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    float64_at,
+    int8_at,
+    int32_at,
+    keep,
+    scratch,
+    share,
+    to_int8,
+)
 from ssmc.ops.conv import activate, check_conv
 
 ONE = np.float32(1)
+RAISED = np.int32(-0x7F7F7F80)  # four bytes of 128
 BLOCK = 256  # channels at a time
+
+# Where a thread has what, in rows of a number of 4 bytes for each channel of a block: sums of
+# products, results, biases, inverses of scales, values of the last positions, scales (of 8 bytes);
+# a position's values, a byte each; taps, of which there may be more than four.
+ROW = 4 * BLOCK
+SUMS, Y, SHIFT, INVERSE, WINDOW, SCALE, VALUES, WEIGHT = (ROW * i for i in (0, 1, 2, 3, 4, 5, 7, 8))
 
 
 @njit
@@ -29,14 +49,15 @@ def _source(x, apart, state, width, taps, at):
 
 
 @njit
-def _taps(x, apart, state, width, taps, t, weight, total):
-    """The sums of products of position t; weight int32 [taps, BLOCK]."""
+def _any_taps(x, apart, state, width, taps, t, n, room):
+    """The sums of products of position t; weights int32 [taps, BLOCK]."""
+    total = int32_at(room + SUMS, n)
     total[:] = 0
     for k in range(taps):
         source = _source(x, apart, state, width, taps, t + k - taps + 1)
         if source:
-            values, factors = int8_at(source, len(total)), weight[k]
-            for i in range(len(total)):
+            values, factors = int8_at(source, n), int32_at(room + WEIGHT + ROW * k, n)
+            for i in range(n):
                 total[i] += np.int32(values[i]) * factors[i]
 
 
@@ -55,38 +76,58 @@ def _keep_last(x, apart, state, width, taps, length, n, new):
 
 
 @njit
-def _parameters(first, n, taps, x_scale, w, w_scale, bias, weight, scale, shift):
+def _parameters(first, n, taps, x_scale, w, w_scale, bias, room):
     """The channels' weights, scales and biases, laid out for loops over channels."""
     xs, ws = float32_at(x_scale + 4 * first, n), float32_at(w_scale + 4 * first, n)
+    scale, shift = float64_at(room + SCALE, n), float32_at(room + SHIFT, n)
     for i in range(n):
         scale[i] = np.float64(xs[i]) * np.float64(ws[i])
-    _by_tap(w + first * taps, n, taps, weight)
     if bias:
         shifts = float32_at(bias + 4 * first, n)
         for i in range(n):
             shift[i] = shifts[i]
+    if taps == TAPS:
+        words, kept = int32_at(w + first * taps, n), int32_at(room + WEIGHT, n)
+        for i in range(n):
+            kept[i] = words[i]
+        return
+    rows = int8_at(w + first * taps, n * taps)
+    for k in range(taps):
+        weight = int32_at(room + WEIGHT + ROW * k, n)
+        for i in range(n):
+            weight[i] = rows[i * taps + k]
 
 
 @njit
-def _by_tap(w, n, taps, weight):
-    """int8 [n, taps] at an address to int32 [taps, n]; four taps are the bytes of a word."""
-    if taps == 4:
-        words = int32_at(w, n)
-        for k in range(taps):
-            row, left = weight[k], 24 - 8 * k
+def _first_window(state, width, n, room):
+    """The values before the first position, as `slide` takes them."""
+    window = int32_at(room + WINDOW, BLOCK)
+    window[:] = RAISED
+    if state:
+        for k in range(TAPS - 1):
+            values = int8_at(state + k * width, n)
             for i in range(n):
-                row[i] = np.int32(words[i] << left) >> 24
-        return
-    rows = int8_at(w, n * taps)
-    for i in range(n):
-        for k in range(taps):
-            weight[k, i] = rows[i * taps + k]
+                window[i] ^= np.int32(np.uint8(values[i])) << np.int32(8 * (k + 1))
 
 
-@njit(fastmath={"contract"})
-def _activate(values):
-    for i in range(len(values)):
-        values[i] = silu(values[i])
+@njit
+def _four_taps(x, n, blocks, room):
+    """The sums of products of a position whose values are at x."""
+    if n % ROWS:  # it would be read beyond its end
+        copy_rows(x, 0, 1, n, room + VALUES, 0)
+        x = room + VALUES
+    slide(room + SUMS, room + WINDOW, x, room + WEIGHT, blocks)
+
+
+@njit
+def _write(values, inverse, count, q):
+    """Round `count` floats."""
+    round_to(q, values, inverse, count // ROWS)
+    rest = count // ROWS * ROWS
+    x, factors = float32_at(values, count), float32_at(inverse, count)
+    out = int8_at(q, count)
+    for i in range(rest, count):
+        out[i] = to_int8(x[i], factors[i])
 
 
 @kernel()
@@ -95,34 +136,38 @@ def _conv(arguments, thread, threads):
         x, apart, batch, length, width, taps, x_scale, w, w_scale, bias, state, new, activated,
         rounded, out_scale, q, y,
     ) = arguments_at(arguments, 17)  # fmt: skip
-    blocks = (width + BLOCK - 1) // BLOCK
-    sums, values = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
-    scale, shift = np.empty(BLOCK, np.float64), np.zeros(BLOCK, np.float32)
-    weight = np.empty((taps, BLOCK), np.int32)
-    for unit in share(batch * blocks, thread, threads):
-        sequence, first = unit // blocks, unit % blocks * BLOCK
+    parts = (width + BLOCK - 1) // BLOCK
+    memory, room = scratch(WEIGHT + ROW * taps)
+    for unit in share(batch * parts, thread, threads):
+        sequence, first = unit // parts, unit % parts * BLOCK
         n = min(BLOCK, width - first)
-        integers = min(n, max(0, rounded - first))  # of these channels
-        _parameters(first, n, taps, x_scale, w, w_scale, bias, weight, scale, shift)
+        integers, blocks = min(n, max(0, rounded - first)), (n + ROWS - 1) // ROWS
+        _parameters(first, n, taps, x_scale, w, w_scale, bias, room)
         start = x + sequence * length * apart + first
         given = state + sequence * (taps - 1) * width + first if state else 0
         scales = float32_at(out_scale + 4 * first, integers)
+        inverses = float32_at(room + INVERSE, integers)
+        for i in range(integers):
+            inverses[i] = ONE / scales[i]
+        _first_window(given, width, n, room)
         for t in range(length):
-            _taps(start, apart, given, width, taps, t, weight, sums[:n])
-            for i in range(n):
-                values[i] = np.float32(np.float64(sums[i]) * scale[i]) + shift[i]
+            if taps == TAPS:
+                _four_taps(start + t * apart, n, blocks, room)
+            else:
+                _any_taps(start, apart, given, width, taps, t, n, room)
+            scale_sums(room + Y, room + SUMS, room + SCALE, room + SHIFT, blocks)
             if activated:
-                _activate(values[:n])
+                silu_of(room + Y, blocks)
             row = sequence * length + t
-            out = int8_at(q + row * rounded + first, integers)
-            for i in range(integers):
-                out[i] = to_int8(values[i], ONE / scales[i])
+            _write(room + Y, room + INVERSE, integers, q + row * rounded + first)
             behind = first + integers - rounded  # floats come after the integers
             floats = float32_at(y + 4 * (row * (width - rounded) + behind), n - integers)
+            values = float32_at(room + Y + 4 * integers, n - integers)
             for i in range(n - integers):
-                floats[i] = values[integers + i]
+                floats[i] = values[i]
         kept = new + sequence * (taps - 1) * width + first
         _keep_last(start, apart, given, width, taps, length, n, kept)
+    keep(memory)
 
 
 def convolve(

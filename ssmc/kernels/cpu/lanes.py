@@ -13,7 +13,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from ssmc.kernels.cpu import numbers
-from ssmc.kernels.cpu.vectors import FLOATS, WORDS, integer, load, multiply_add, store
+from ssmc.kernels.cpu.vectors import (
+    FLOATS,
+    WORDS,
+    integer,
+    load,
+    multiply_add,
+    store,
+    sums_of_lanes,
+)
 from ssmc.kernels.cpu.words import F32, I8, I32, for_loop
 
 LANES = 16
@@ -139,6 +147,23 @@ def softplus_of(typing_context, x, blocks):
 
 
 @intrinsic
+def silu_of(typing_context, x, blocks):
+    """SiLU of float32 at an address, in their place, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        x, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            at = builder.add(x, place)
+            store(builder, silu(builder, load(builder, at, FLOATS)), at)
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), generate
+
+
+@intrinsic
 def gated(typing_context, out, y, z, scale, blocks):
     """float32 at `out` = y times SiLU of int8 at z times scale, of 16 `blocks`."""
 
@@ -229,6 +254,27 @@ def scaled_sums(typing_context, y, sums, excess, x_scale, w_scale, blocks):
 
 
 @intrinsic
+def scale_sums(typing_context, y, sums, scale, shift, blocks):
+    """float32 at y = int32 at sums times float64 at scale, rounded, plus shift; of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        y, sums, scale, shift, blocks = arguments
+        wide = ir.VectorType(ir.DoubleType(), LANES)
+
+        def body(index: Any, place: Any) -> None:
+            total = builder.sitofp(load(builder, builder.add(sums, place), WORDS), wide)
+            factor = load(builder, builder.add(scale, builder.add(place, place)), wide)
+            value = builder.fptrunc(builder.fmul(total, factor), FLOATS)
+            value = builder.fadd(value, load(builder, builder.add(shift, place), FLOATS))
+            store(builder, value, builder.add(y, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic
 def add_to(typing_context, y, x, blocks):
     """float32 at y += those at x, of 16 `blocks`."""
 
@@ -290,3 +336,63 @@ def round_to(typing_context, q, x, inverse, blocks):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+def _advance_rows(registers: int) -> Any:
+    """An intrinsic that goes through rows of a state, of which it has `registers` blocks of 16."""
+
+    @intrinsic
+    def advance_rows(typing_context, h, apart, decay, update, B, C, partial, count):
+        def generate(context, builder, signature, arguments):
+            h, apart, decay, update, B, C, partial, count = arguments
+            fused, offsets = multiply_add(builder), range(0, 4 * LANES * registers, 4 * LANES)
+            factor = broadcast(builder, decay)
+            bs, cs = (
+                [load(builder, builder.add(base, integer(i)), FLOATS) for i in offsets]
+                for base in (B, C)
+            )
+
+            def step(index: Any, _: list[Any]) -> list[Any]:
+                row = builder.add(h, builder.mul(index, apart))
+                value = broadcast(builder, builder.add(update, builder.mul(index, integer(4))))
+                total_at = builder.add(partial, builder.mul(index, integer(4 * LANES)))
+                total = load(builder, total_at, FLOATS)
+                for offset, b, c in zip(offsets, bs, cs, strict=True):
+                    place = builder.add(row, integer(offset))
+                    kept = builder.fmul(factor, load(builder, place, FLOATS))
+                    state = builder.call(fused, [value, b, kept])
+                    store(builder, state, place)
+                    total = builder.call(fused, [state, c, total])
+                store(builder, total, total_at)
+                return []
+
+            for_loop(builder, count, [], step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return advance_rows
+
+
+advance_rows_128 = _advance_rows(8)
+"""h = decay h + update B for `count` rows of 128 states; their products with C, not yet summed.
+
+Rows of h are `apart` bytes apart; decay is one float32, update [count]; to partial float32
+[count, 16] 16 sums of each row are added. All are addresses.
+"""
+advance_rows_16 = _advance_rows(1)
+"""`advance_rows_128` of 16 states."""
+
+
+@intrinsic
+def sum_rows(typing_context, out, rows):
+    """float32 [16] at `out`: the sums of 16 rows of 16, at an address."""
+
+    def generate(context, builder, signature, arguments):
+        out, rows = arguments
+        places = [builder.add(rows, integer(4 * LANES * i)) for i in range(LANES)]
+        values = [load(builder, place, FLOATS) for place in places]
+        store(builder, sums_of_lanes(builder, builder.fadd, values), out)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), generate

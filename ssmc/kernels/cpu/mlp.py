@@ -12,7 +12,15 @@ from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, run_torch
 from ssmc.kernels.cpu.norm import rotate_row
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, silu
 from ssmc.kernels.cpu.quantize import quantize_row
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, int64_at, share
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    int8_at,
+    int64_at,
+    keep,
+    scratch,
+    share,
+)
 from ssmc.quant.rotation import base_factor, check_block
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -28,14 +36,15 @@ def _silu_mul(gate, up, y):
 @kernel()
 def _gate(arguments, thread, threads):
     gate, apart, up, up_apart, count, n, block, base, signs, q, scale = arguments_at(arguments, 11)
-    y, room = np.empty(n, np.float32), np.empty(block, np.float32)
-    scales, matrix = float32_at(scale, count), float32_at(signs, base * base)
+    memory, room = scratch(4 * (n + block))
+    y, scales = float32_at(room, n), float32_at(scale, count)
     for row in share(count, thread, threads):
         gates = float32_at(gate + 4 * row * apart, n)
         _silu_mul(gates, float32_at(up + 4 * row * up_apart, n), y)
         if block > 1:
-            rotate_row(y, block, base, matrix, room)
+            rotate_row(room, n, block, base, signs, room + 4 * n)
         scales[row] = quantize_row(y, int8_at(q + row * n, n))
+    keep(memory)
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, block: int = 1) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,24 @@ from torch import Tensor
 from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, vector
 from ssmc.kernels.cpu.numbers import silu
 from ssmc.kernels.cpu.quantize import quantize_row
-from ssmc.kernels.cpu.vectors import ROWS, butterflies, float32_rows_sum, float32_rows_sum_32
-from ssmc.kernels.cpu.words import arguments_at, float32_at, float_of_bits, int8_at, share
+from ssmc.kernels.cpu.vectors import (
+    ROWS,
+    butterflies,
+    float32_rows_sum,
+    float32_rows_sum_32,
+    float32_rows_sum_128,
+    four_parts,
+    two_parts,
+)
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    float_of_bits,
+    int8_at,
+    keep,
+    scratch,
+    share,
+)
 from ssmc.quant.rotation import base_factor, check_block
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -28,53 +44,65 @@ def _inverse_rms(x, eps):
 
 
 @njit
-def _butterfly(x, width):
-    """Walsh-Hadamard transform of each `width`, a power of two, of x."""
+def _butterfly(x, n, width):
+    """Walsh-Hadamard transform of each `width`, a power of two, of float32 [n] at an address."""
     half = 1
     if width >= ROWS:
-        butterflies(x.ctypes.data, len(x) // ROWS)
+        butterflies(x, n // ROWS)
         half = ROWS
+        while 4 * half <= width:
+            for start in range(0, n, 4 * half):
+                four_parts(x + 4 * start, 4 * half, half // ROWS)
+            half *= 4
+        if half < width:
+            for start in range(0, n, width):
+                two_parts(x + 4 * start, 4 * half, half // ROWS)
+        return
+    values = float32_at(x, n)
     while half < width:
-        for start in range(0, len(x), 2 * half):
-            upper, lower = x[start : start + half], x[start + half : start + 2 * half]
-            for i in range(half):
-                a, b = upper[i], lower[i]
-                upper[i], lower[i] = a + b, a - b
+        for start in range(0, n, 2 * half):
+            for i in range(start, start + half):
+                a, b = values[i], values[i + half]
+                values[i], values[i + half] = a + b, a - b
         half *= 2
 
 
 @njit
-def _mix(whole, width, base, signs, room):
-    """room = the parts of `whole`, of `width` each, summed with each row of signs [base, base]."""
-    wide, blocked, parts = width // 32 * 32, width // 16 * 16, whole.ctypes.data
+def _mix(parts, width, base, signs, room):
+    """room = the parts, of `width` each, summed with each row of signs [base, base]."""
+    wide, half, blocked = width // 128 * 128, width // 32 * 32, width // 16 * 16
+    values, matrix = float32_at(parts, base * width), float32_at(signs, base * base)
     for i in range(base):
-        row = room[i * width : (i + 1) * width]
-        weights, out = signs[i * base :].ctypes.data, row.ctypes.data
+        out, weights = room + 4 * i * width, signs + 4 * i * base
+        row = float32_at(out, width)
         for c in range(width):
             row[c] = ZERO
-        for c in range(0, wide, 32):
+        for c in range(0, wide, 128):
+            float32_rows_sum_128(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
+        for c in range(wide, half, 32):
             float32_rows_sum_32(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
-        for c in range(wide, blocked, 16):
+        for c in range(half, blocked, 16):
             float32_rows_sum(out + 4 * c, weights, parts + 4 * c, 4 * width, base)
         for c in range(blocked, width):
             for j in range(base):
-                row[c] += signs[i * base + j] * whole[j * width + c]
+                row[c] += matrix[i * base + j] * values[j * width + c]
 
 
 @njit
-def rotate_row(x, block, base, signs, room):
-    """H x / sqrt(block) for each block of x, in place.
+def rotate_row(x, n, block, base, signs, room):
+    """H x / sqrt(block) for each block of float32 [n] at an address, in place.
 
     signs is the Paley matrix [base, base] of +-1, `room` as long as a block.
     """
     factor, width = np.float32(1 / math.sqrt(block)), block // base
-    _butterfly(x, width)
-    for start in range(0, len(x), block):
-        whole = x[start : start + block]
+    _butterfly(x, n, width)
+    for start in range(0, n, block):
+        whole = float32_at(x + 4 * start, block)
         if base > 1:
-            _mix(whole, width, base, signs, room)
+            _mix(x + 4 * start, width, base, signs, room)
+        mixed = float32_at(room if base > 1 else x + 4 * start, block)
         for i in range(block):
-            whole[i] = (whole[i] if base == 1 else room[i]) * factor
+            whole[i] = mixed[i] * factor
 
 
 @njit
@@ -93,7 +121,8 @@ def normalise(x, weight, eps, y):
 @kernel()
 def _norm(arguments, thread, threads):
     x, stride, count, n, weight, eps, q, scale, residual, apart, total = arguments_at(arguments, 11)
-    scales, y = float32_at(scale, count), np.empty(n, np.float32)
+    memory, room = scratch(4 * n)
+    scales, y = float32_at(scale, count), float32_at(room, n)
     for row in share(count, thread, threads):
         values = float32_at(x + 4 * row * stride, n)
         if residual:
@@ -106,6 +135,7 @@ def _norm(arguments, thread, threads):
             values = sums
         normalise(values, weight, float_of_bits(eps), y)
         scales[row] = quantize_row(y, int8_at(q + row * n, n))
+    keep(memory)
 
 
 @kernel()
@@ -114,41 +144,39 @@ def _gated(arguments, thread, threads):
         x, stride, count, n, gate_q, apart, gate_scale, weight, eps, group, norm_first, block, base,
         signs, q, scale,
     ) = arguments_at(arguments, 16)  # fmt: skip
-    gates, scales, matrix = (
-        float32_at(gate_scale, n),
-        float32_at(scale, count),
-        float32_at(signs, base * base),
-    )
-    y, gate, room = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(block, np.float32)
+    memory, room = scratch(4 * (2 * n + block))
+    gates, scales = float32_at(gate_scale, n), float32_at(scale, count)
+    y, gate = float32_at(room, n), float32_at(room + 4 * n, n)
     for row in share(count, thread, threads):
         values, integers = float32_at(x + 4 * row * stride, n), int8_at(gate_q + row * apart, n)
         for i in range(n):
             gate[i] = silu(np.float32(integers[i]) * gates[i])
             y[i] = values[i] if norm_first else values[i] * gate[i]
         for start in range(0, n, group):
-            part = y[start : start + group]
+            part = float32_at(room + 4 * start, group)
             normalise(part, weight + 4 * start, float_of_bits(eps), part)
         if norm_first:
             for i in range(n):
                 y[i] *= gate[i]
         if block > 1:
-            rotate_row(y, block, base, matrix, room)
+            rotate_row(room, n, block, base, signs, room + 8 * n)
         scales[row] = quantize_row(y, int8_at(q + row * n, n))
+    keep(memory)
 
 
 @kernel()
 def _hadamard(arguments, thread, threads):
     x, stride, count, n, block, base, signs, y, q, scale = arguments_at(arguments, 10)
-    room, own = np.empty(block, np.float32), np.empty(n, np.float32)
-    matrix = float32_at(signs, base * base)
+    memory, room = scratch(4 * (n + block))
     for row in share(count, thread, threads):
-        values = float32_at(x + 4 * row * stride, n)
-        rotated = float32_at(y + 4 * row * n, n) if y else own
+        rotated = y + 4 * row * n if y else room
+        values, copied = float32_at(x + 4 * row * stride, n), float32_at(rotated, n)
         for i in range(n):
-            rotated[i] = values[i]
-        rotate_row(rotated, block, base, matrix, room)
+            copied[i] = values[i]
+        rotate_row(rotated, n, block, base, signs, room + 4 * n)
         if q:
-            float32_at(scale, count)[row] = quantize_row(rotated, int8_at(q + row * n, n))
+            float32_at(scale, count)[row] = quantize_row(copied, int8_at(q + row * n, n))
+    keep(memory)
 
 
 def _results(x: Tensor) -> tuple[Tensor, Tensor]:

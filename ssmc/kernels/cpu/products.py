@@ -25,11 +25,12 @@ from ssmc.kernels.cpu.vectors import (
     sums_of_lanes,
     transposed,
 )
-from ssmc.kernels.cpu.words import I32, for_loop
+from ssmc.kernels.cpu.words import I8, I32, for_loop
 
 TILE_X, TILE_W = 8, 3  # a tile is 8 rows of x by 3 times ROWS of the weight
 _RAISE = ir.Constant(BYTES, [-128] * 64)
 _ZEROS = ir.Constant(WORDS, [0] * 16)
+QUARTER = ir.VectorType(I8, 16)
 
 
 def _dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
@@ -142,3 +143,38 @@ def rows_product(typing_context, out, x, w, w_stride, w_rows, blocks):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
+
+
+TAPS = 4  # of a convolution, the bytes of a word
+
+
+@intrinsic
+def slide(typing_context, sums, window, x, taps, blocks):
+    """int32 at `sums` = four taps of channels times the last four values of each, of 16 `blocks`.
+
+    A word of `window` has the values of a channel raised by 128, the oldest first; that at x, an
+    int8, comes in, and the oldest goes. A word of `taps` has four int8.
+    """
+
+    def generate(context, builder, signature, arguments):
+        sums, window, x, taps, blocks = arguments
+        eight, high = (ir.Constant(WORDS, [bits] * 16) for bits in (8, 24))
+
+        def step(index: Any, _: list[Any]) -> list[Any]:
+            place = builder.mul(index, integer(64))
+            at = builder.add(window, place)
+            narrow = load(builder, builder.add(x, builder.mul(index, integer(16))), QUARTER)
+            new = builder.shl(builder.zext(narrow, WORDS), high)
+            new = builder.xor(new, ir.Constant(WORDS, [1 << 31] * 16))
+            values = builder.or_(builder.lshr(load(builder, at, WORDS), eight), new)
+            store(builder, values, at)
+            factors = load(builder, builder.add(taps, place), BYTES)
+            excess = builder.sub(_ZEROS, _dot(builder, _ZEROS, _RAISE, factors))
+            total = _dot(builder, excess, builder.bitcast(values, BYTES), factors)
+            store(builder, total, builder.add(sums, place))
+            return []
+
+        for_loop(builder, blocks, [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate

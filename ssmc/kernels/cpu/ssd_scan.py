@@ -9,11 +9,27 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.lanes import (
+    advance_rows_16,
+    advance_rows_128,
+    dequantise_token,
+    sum_rows,
+)
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, softplus
-from ssmc.kernels.cpu.words import arguments_at, float32_at, float_of_bits, int8_at, share
+from ssmc.kernels.cpu.vectors import ROWS
+from ssmc.kernels.cpu.words import (
+    arguments_at,
+    float32_at,
+    float_of_bits,
+    int8_at,
+    keep,
+    scratch,
+    share,
+)
 
 ZERO = np.float32(0)
+CHUNK = 64  # positions whose step sizes and decays are made at a time
 
 
 @njit(fastmath={"contract", "reassoc"})
@@ -28,21 +44,66 @@ def _advance(h, decay, update, B, C):
 
 
 @njit
-def _dequantise(q, scale, values):
-    integers = int8_at(q, len(values))
-    for i in range(len(values)):
-        values[i] = np.float32(integers[i]) * scale
+def _advance_state(h, width, rank, decay, update, B, C, partial, y):
+    """A head's state [width, rank] by a position, of which y [width] is what it puts out.
+
+    All are addresses; decay one float32, update [width], B, C [rank]; partial is room for 16 sums
+    of each row, of a multiple of 16 rows.
+    """
+    totals, out = (
+        float32_at(partial, width * ROWS),
+        float32_at(y, (width + ROWS - 1) // ROWS * ROWS),
+    )
+    totals[:] = ZERO
+    wide, whole = rank // 128 * 128, rank // ROWS * ROWS
+    for s in range(0, wide, 128):
+        place = 4 * s
+        advance_rows_128(h + place, 4 * rank, decay, update, B + place, C + place, partial, width)
+    for s in range(wide, whole, ROWS):
+        place = 4 * s
+        advance_rows_16(h + place, 4 * rank, decay, update, B + place, C + place, partial, width)
+    for first in range(0, width, ROWS):
+        sum_rows(y + 4 * first, partial + 4 * ROWS * first)
+    if whole < rank:
+        rest, place = rank - whole, 4 * whole
+        factor, updates = float32_at(decay, 1)[0], float32_at(update, width)
+        b, c = float32_at(B + place, rest), float32_at(C + place, rest)
+        for p in range(width):
+            states = float32_at(h + 4 * p * rank + place, rest)
+            out[p] += _advance(states, factor, updates[p], b, c)
 
 
 @njit
-def _first_state(state, new):
+def _dequantise(q, scale, count, out):
+    """int8 [count] times one float32, all at addresses."""
+    dequantise_token(out, q, scale, count // ROWS)
+    integers, values, factor = int8_at(q, count), float32_at(out, count), float32_at(scale, 1)[0]
+    for i in range(count // ROWS * ROWS, count):
+        values[i] = np.float32(integers[i]) * factor
+
+
+@njit
+def _first_state(state, cells, new):
     """The state at an address, or zeros where there is none, where the new one is to be."""
+    h, given = float32_at(new, cells), float32_at(state, cells if state else 0)
+    if state == new:
+        return
     if state:
-        given = float32_at(state, len(new))
-        for i in range(len(new)):
-            new[i] = given[i]
+        for i in range(cells):
+            h[i] = given[i]
     else:
-        new[:] = ZERO
+        h[:] = ZERO
+
+
+@njit(fastmath={"contract"})
+def _steps(dt, apart, scale, bias, shortest, longest, rate, count, sizes, decays):
+    """A head's step sizes and decays at `count` positions, whose int8 are `apart` bytes apart."""
+    for i in range(count):
+        sizes[i] = np.float32(int8_at(dt + i * apart, 1)[0]) * scale + bias
+    for i in range(count):
+        sizes[i] = min(max(softplus(sizes[i]), shortest), longest)
+    for i in range(count):
+        decays[i] = exp2(sizes[i] * rate * LOG2E)
 
 
 @kernel()
@@ -52,32 +113,41 @@ def _scan(arguments, thread, threads):
         dt_bias, state, new, y, batch, length, heads, width, groups, rank, least, most, backwards,
     ) = arguments_at(arguments, 27)  # fmt: skip
     shortest, longest = np.float32(float_of_bits(least)), np.float32(float_of_bits(most))
-    B_now, C_now = np.empty(rank, np.float32), np.empty(rank, np.float32)
     rates, dt_scales = float32_at(A, heads), float32_at(dt_scale, heads)
-    count, cells = batch * length * groups, width * rank
-    B_scales, C_scales = float32_at(B_scale, count), float32_at(C_scale, count)
+    cells, padded, way = width * rank, (width + ROWS - 1) // ROWS * ROWS, -1 if backwards else 1
+    memory, room = scratch(4 * (padded * (ROWS + 2) + 2 * CHUNK + 2 * rank))
+    update, sums = room + 4 * padded * ROWS, room + 4 * padded * (ROWS + 1)
+    first_size = room + 4 * padded * (ROWS + 2)
+    first_decay, B_now = first_size + 4 * CHUNK, first_size + 8 * CHUNK
+    C_now = B_now + 4 * rank
+    sizes, decays = float32_at(first_size, CHUNK), float32_at(first_decay, CHUNK)
+    updates, products = float32_at(update, width), float32_at(sums, width)
     for unit in share(batch * heads, thread, threads):
         sequence, head = unit // heads, unit % heads
-        group = head * groups // heads
-        h = float32_at(new + 4 * unit * cells, cells)
-        _first_state(state + 4 * unit * cells if state else 0, h)
+        group, h = head * groups // heads, new + 4 * unit * cells
+        _first_state(state + 4 * unit * cells if state else 0, cells, h)
         scales = float32_at(x_scale + 4 * head * width, width)
         bias = float32_at(dt_bias, heads)[head] if dt_bias else ZERO
         skip = float32_at(D, heads)[head] if D else ZERO
         for step in range(length):
             row = sequence * length + (length - 1 - step if backwards else step)
-            size = np.float32(int8_at(dt + row * dt_apart, heads)[head]) * dt_scales[head] + bias
-            size = min(max(softplus(size), shortest), longest)
-            decay = exp2(size * rates[head] * LOG2E)
+            now = step % CHUNK
+            if now == 0:
+                _steps(
+                    dt + row * dt_apart + head, way * dt_apart, dt_scales[head], bias, shortest,
+                    longest, rates[head], min(CHUNK, length - step), sizes, decays,
+                )  # fmt: skip
             at, offset = row * groups + group, group * rank
-            _dequantise(B + row * B_apart + offset, B_scales[at], B_now)
-            _dequantise(C + row * C_apart + offset, C_scales[at], C_now)
+            _dequantise(B + row * B_apart + offset, B_scale + 4 * at, rank, B_now)
+            _dequantise(C + row * C_apart + offset, C_scale + 4 * at, rank, C_now)
             values = int8_at(x + row * x_apart + head * width, width)
+            for p in range(width):
+                updates[p] = sizes[now] * (np.float32(values[p]) * scales[p])
+            _advance_state(h, width, rank, first_decay + 4 * now, update, B_now, C_now, room, sums)
             out = float32_at(y + 4 * (row * heads + head) * width, width)
             for p in range(width):
-                value = np.float32(values[p]) * scales[p]
-                product = _advance(h[p * rank : (p + 1) * rank], decay, size * value, B_now, C_now)
-                out[p] = product + skip * value
+                out[p] = products[p] + skip * (np.float32(values[p]) * scales[p])
+    keep(memory)
 
 
 def int8_ssd_scan(

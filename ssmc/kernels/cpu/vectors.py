@@ -136,6 +136,7 @@ def butterflies(typing_context, x, blocks):
 
     def generate(context, builder, signature, arguments):
         x, blocks = arguments
+        fused = multiply_add(builder)
 
         def step(index: Any, _: list[Any]) -> list[Any]:
             place = builder.add(x, builder.mul(index, integer(64)))
@@ -144,7 +145,7 @@ def butterflies(typing_context, x, blocks):
                 mask = ir.Constant(WORDS, [i ^ distance for i in range(16)])
                 signs = ir.Constant(FLOATS, [-1.0 if i & distance else 1.0 for i in range(16)])
                 other = builder.shuffle_vector(values, values, mask)
-                values = builder.fadd(other, builder.fmul(values, signs))
+                values = builder.call(fused, [values, signs, other])
             store(builder, values, place)
             return []
 
@@ -152,6 +153,41 @@ def butterflies(typing_context, x, blocks):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 2), generate
+
+
+def _stages(count: int) -> Any:
+    """An intrinsic: `count` further stages, of 2^count parts that are `apart` bytes each."""
+
+    @intrinsic
+    def stages(typing_context, x, apart, blocks):
+        def generate(context, builder, signature, arguments):
+            x, apart, blocks = arguments
+            parts = [builder.add(x, builder.mul(apart, integer(i))) for i in range(1 << count)]
+
+            def step(index: Any, _: list[Any]) -> list[Any]:
+                offset = builder.mul(index, integer(64))
+                places = [builder.add(part, offset) for part in parts]
+                values = [load(builder, place, FLOATS) for place in places]
+                for stage in range(count):
+                    for i in (i for i in range(1 << count) if not i >> stage & 1):
+                        a, b = values[i], values[i | 1 << stage]
+                        values[i], values[i | 1 << stage] = builder.fadd(a, b), builder.fsub(a, b)
+                for value, place in zip(values, places, strict=True):
+                    store(builder, value, place)
+                return []
+
+            for_loop(builder, blocks, [], step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), generate
+
+    return stages
+
+
+two_parts = _stages(1)
+"""A stage of a Walsh-Hadamard transform: of 2 parts of float32 [16 blocks], `apart` bytes long."""
+four_parts = _stages(2)
+"""Two stages, of 4 such parts."""
 
 
 def _rows_sum(kind: Any, size: int, registers: int) -> Any:
@@ -193,6 +229,8 @@ float32_rows_sum_32 = _rows_sum(F32, 4, 2)
 """`float32_rows_sum` of 32 columns."""
 float32_rows_sum_64 = _rows_sum(F32, 4, 4)
 """`float32_rows_sum` of 64 columns."""
+float32_rows_sum_128 = _rows_sum(F32, 4, 8)
+"""`float32_rows_sum` of 128 columns, as many as hide how long an addition takes."""
 int8_rows_sum = _rows_sum(I8, 1, 1)
 """`float32_rows_sum` of rows of int8."""
 int8_rows_sum_64 = _rows_sum(I8, 1, 4)
