@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.lanes import widen
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
 from ssmc.kernels.cpu.numbers import LOG2E, exp2
 from ssmc.kernels.cpu.vectors import (
@@ -21,9 +22,11 @@ from ssmc.kernels.cpu.vectors import (
     float32_rows_dot,
     float32_rows_sum,
     float32_rows_sum_64,
+    float32_two_rows_sums,
     int8_rows_dot,
     int8_rows_sum,
     int8_rows_sum_64,
+    int8_two_rows_sums,
 )
 from ssmc.kernels.cpu.words import (
     arguments_at,
@@ -34,6 +37,8 @@ from ssmc.kernels.cpu.words import (
     int16_at,
     int32_at,
     int64_at,
+    keep,
+    scratch,
 )
 from ssmc.ops.attention import check_attention
 
@@ -44,8 +49,9 @@ ZERO, ONE = F32(0), F32(1)
 
 
 @njit
-def _scales(address, wide, apart, count, out):
+def _scales(address, wide, apart, count, at):
     """Numbers that lie `apart` elements from one another, float32 (wide) or bfloat16."""
+    out = float32_at(at, count)
     if wide:
         values = float32_at(address, (count - 1) * apart + 1)
         for i in range(count):
@@ -117,39 +123,62 @@ def _softmax(scores, scale):
 
 
 @njit(fastmath={"contract"})
-def _add_float32_rows(weights, rows, apart, y):
-    """Add to y rows of float32, `apart` elements from one another, times their weights."""
-    n, out, w, stride, count = len(y), y.ctypes.data, weights.ctypes.data, 4 * apart, len(weights)
+def _add_float32_rows(weights, rows, apart, count, n, out):
+    """Add to float32 [n] `count` rows, `apart` elements from one another, times their weights."""
     wide, whole = n // 64 * 64, n // 16 * 16
     for first in range(0, wide, 64):
-        float32_rows_sum_64(out + 4 * first, w, rows + 4 * first, stride, count)
+        float32_rows_sum_64(out + 4 * first, weights, rows + 4 * first, 4 * apart, count)
     for first in range(wide, whole, 16):
-        float32_rows_sum(out + 4 * first, w, rows + 4 * first, stride, count)
+        float32_rows_sum(out + 4 * first, weights, rows + 4 * first, 4 * apart, count)
+    y, factors = float32_at(out, n), float32_at(weights, count)
     for t in range(count if whole < n else 0):
-        row = float32_at(rows + stride * t, n)
+        row = float32_at(rows + 4 * apart * t, n)
         for i in range(whole, n):
-            y[i] += weights[t] * row[i]
+            y[i] += factors[t] * row[i]
 
 
 @njit(fastmath={"contract"})
-def _add_int8_rows(weights, rows, apart, y):
+def _add_int8_rows(weights, rows, apart, count, n, out):
     """`_add_float32_rows` of rows of int8."""
-    n, out, w, count = len(y), y.ctypes.data, weights.ctypes.data, len(weights)
     wide, whole = n // 64 * 64, n // 16 * 16
     for first in range(0, wide, 64):
-        int8_rows_sum_64(out + 4 * first, w, rows + first, apart, count)
+        int8_rows_sum_64(out + 4 * first, weights, rows + first, apart, count)
     for first in range(wide, whole, 16):
-        int8_rows_sum(out + 4 * first, w, rows + first, apart, count)
+        int8_rows_sum(out + 4 * first, weights, rows + first, apart, count)
+    y, factors = float32_at(out, n), float32_at(weights, count)
     for t in range(count if whole < n else 0):
         row = int8_at(rows + apart * t, n)
         for i in range(whole, n):
-            y[i] += weights[t] * F32(row[i])
+            y[i] += factors[t] * F32(row[i])
 
 
 @njit
-def _multiply(values, scales):
-    for i in range(len(values)):
-        values[i] *= scales[i]
+def _add_rows(weights, rows, apart, count, n, narrow, out):
+    """To one result."""
+    if narrow:
+        _add_int8_rows(weights, rows, apart, count, n, out)
+    else:
+        _add_float32_rows(weights, rows, apart, count, n, out)
+
+
+@njit
+def _add_rows_twice(weights, weights_apart, rows, apart, count, n, narrow, out, out_apart):
+    """To two results, n a multiple of 64; addresses of weights and results are that far apart."""
+    for first in range(0, n, 64):
+        place = out + 4 * first
+        if narrow:
+            int8_two_rows_sums(place, out_apart, weights, weights_apart, rows + first, apart, count)
+        else:
+            float32_two_rows_sums(
+                place, out_apart, weights, weights_apart, rows + 4 * first, 4 * apart, count
+            )
+
+
+@njit
+def _multiply(address, scales, count):
+    values, factors = float32_at(address, count), float32_at(scales, count)
+    for i in range(count):
+        values[i] *= factors[i]
 
 
 @njit
@@ -160,44 +189,64 @@ def _place(head, pair, a):
 
 
 @njit
-def _score(first, head, seen, a, scores, scales):
-    """The products of queries with the keys they see; those of int8 times their scales."""
-    q, k, k_scale, groups, n = a[0], a[1], a[2], a[12], a[13]
-    apart = groups * n
-    for row in range(0, seen.max(), BLOCK):  # a block of keys is near for all pairs
-        for pair in range(len(seen)):
-            rows = min(BLOCK, seen[pair] - row)
-            if rows <= 0:
-                continue
-            query, found = q + 4 * _place(head, pair, a) * n, scores[pair, row : row + rows]
-            keys, out = first * n + row * apart, found.ctypes.data
-            if k_scale:
-                _int8_dots(query, n, k + keys, apart, rows, out)
-                _multiply(found, scales[row : row + rows])
-            else:
-                _float32_dots(query, n, k + 4 * keys, apart, rows, out)
+def _widen_rows(rows, apart, count, n, out):
+    """Rows of int8 to float32 without gaps."""
+    for row in range(count):
+        widen(out + 4 * n * row, rows + row * apart, n // ROWS)
+        values, copied = int8_at(rows + row * apart, n), float32_at(out + 4 * n * row, n)
+        for i in range(n // ROWS * ROWS, n):
+            copied[i] = F32(values[i])
 
 
 @njit
-def _mix(first, head, seen, a, scores, share_of):
-    """The sums of the values that tokens see, times their weights."""
-    v, v_scale, groups, n, out = a[3], a[4], a[12], a[14], a[16]
-    apart = groups * n
-    for row in range(0, seen.max(), BLOCK):
-        for pair in range(len(seen)):
-            rows = min(BLOCK, seen[pair] - row)
+def _score(first, head, pairs, a, room):
+    """The products of queries with the keys they see; those of int8 times their scales."""
+    q, k, k_scale, length, groups, n = a[0], a[1], a[2], a[11], a[12], a[13]
+    seen, scores, scales, keys_room = room
+    lengths, row_bytes = int64_at(seen, pairs), 4 * (length + ROWS)
+    for row in range(0, lengths[pairs - 1], BLOCK):  # a block of keys is near for all pairs
+        place, apart, narrow = first * n + row * groups * n, groups * n, k_scale != 0
+        keys = k + place if narrow else k + 4 * place
+        if narrow and pairs > 2:
+            _widen_rows(keys, apart, min(BLOCK, lengths[pairs - 1] - row), n, keys_room)
+            keys, apart, narrow = keys_room, n, False
+        for pair in range(pairs):
+            rows = min(BLOCK, lengths[pair] - row)
             if rows <= 0:
                 continue
-            weights, values = scores[pair, row : row + rows], first * n + row * apart
-            y = float32_at(out + 4 * _place(head, pair, a) * n, n)
-            if row == 0:
-                for i in range(n):
-                    y[i] = ZERO
-            if v_scale:
-                _add_int8_rows(weights, v + values, apart, y)
+            query, out = q + 4 * _place(head, pair, a) * n, scores + pair * row_bytes + 4 * row
+            if narrow:
+                _int8_dots(query, n, keys, apart, rows, out)
             else:
-                _add_float32_rows(weights, v + 4 * values, apart, y)
-    for pair in range(len(seen)):
+                _float32_dots(query, n, keys, apart, rows, out)
+            if k_scale:
+                _multiply(out, scales + 4 * row, rows)
+
+
+@njit
+def _mix(first, head, pairs, a, room, share_of):
+    """The sums of the values that tokens see, times their weights."""
+    v, v_scale, length, groups, n, out = a[3], a[4], a[11], a[12], a[14], a[16]
+    seen, scores = room[0], room[1]
+    lengths, row_bytes, apart = int64_at(seen, pairs), 4 * (length + ROWS), groups * n
+    for pair in range(pairs):
+        float32_at(out + 4 * _place(head, pair, a) * n, n)[:] = ZERO
+    for row in range(0, lengths[pairs - 1], BLOCK):
+        place = first * n + row * apart
+        values = v + place if v_scale else v + 4 * place
+        pair = 0
+        while pair < pairs:
+            rows, weights = min(BLOCK, lengths[pair] - row), scores + pair * row_bytes + 4 * row
+            y, both = out + 4 * _place(head, pair, a) * n, False
+            if n % 64 == 0 and pair + 1 < pairs and rows > 0:
+                both = min(BLOCK, lengths[pair + 1] - row) == rows
+            if both:
+                next_y = out + 4 * _place(head, pair + 1, a) * n
+                _add_rows_twice(weights, row_bytes, values, apart, rows, n, v_scale, y, next_y - y)
+            elif rows > 0:
+                _add_rows(weights, values, apart, rows, n, v_scale, y)
+            pair += 2 if both else 1
+    for pair in range(pairs):
         y = float32_at(out + 4 * _place(head, pair, a) * n, n)
         for i in range(n):
             y[i] *= share_of[pair]
@@ -209,31 +258,41 @@ def _attention(arguments, thread, threads):
     # heads that go together, out
     a = arguments_at(arguments, 17)
     k_scale, v_scale, wide = a[2], a[4], a[5]
-    batch, length, heads, room, groups = a[8], a[9], a[10], a[11], a[12]
+    batch, length, heads, tokens, groups = a[8], a[9], a[10], a[11], a[12]
     factor, starts = F32(float_of_bits(a[7])), int64_at(a[6], batch)
     shared, size = a[15], 4 if wide else 2
-    most = max(1, PAIRS // shared)
+    most = min(length, max(1, PAIRS // shared))
     tiles, parts = (length + most - 1) // most, heads // shared
-    scores, scales = np.empty((most * shared, room + ROWS), F32), np.empty(room, F32)
-    share_of, seen = np.empty(most * shared, F32), np.empty(most * shared, np.int64)
+    row_bytes, keys_bytes = 4 * (tokens + ROWS), 4 * BLOCK * a[13] if k_scale else 0
+    memory, scores = scratch((most * shared + 1) * row_bytes + 12 * most * shared + keys_bytes)
+    keys = scores + most * shared * row_bytes
+    scales = keys + keys_bytes
+    seen = scales + row_bytes
+    lengths, share_of = (
+        int64_at(seen, most * shared),
+        float32_at(seen + 8 * most * shared, most * shared),
+    )
+    room = (seen, scores, scales, keys)
     for unit in range(thread, batch * parts * tiles, threads):
         sequence, part, token = unit // tiles // parts, unit // tiles % parts, unit % tiles * most
         pairs = min(most, length - token) * shared
         for pair in range(pairs):
-            seen[pair] = min(room, starts[sequence] + token + pair // shared + 1)
-        first = sequence * room * groups + part * shared * groups // heads
+            lengths[pair] = min(tokens, starts[sequence] + token + pair // shared + 1)
+        first = sequence * tokens * groups + part * shared * groups // heads
         head = (sequence * length + token) * heads + part * shared
+        all_seen = lengths[pairs - 1]
         if k_scale:
-            _scales(k_scale + size * first, wide, groups, seen[pairs - 1], scales)
-        _score(first, head, seen[:pairs], a, scores, scales)
+            _scales(k_scale + size * first, wide, groups, all_seen, scales)
+        _score(first, head, pairs, a, room)
         if k_scale:
-            _scales(v_scale + size * first, wide, groups, seen[pairs - 1], scales)
+            _scales(v_scale + size * first, wide, groups, all_seen, scales)
         for pair in range(pairs):
-            weights = scores[pair, : seen[pair]]
-            share_of[pair] = _softmax(weights, factor)
+            weights = scores + pair * row_bytes
+            share_of[pair] = _softmax(float32_at(weights, lengths[pair]), factor)
             if v_scale:
-                _multiply(weights, scales[: seen[pair]])
-        _mix(first, head, seen[:pairs], a, scores, share_of)
+                _multiply(weights, scales, lengths[pair])
+        _mix(first, head, pairs, a, room, share_of)
+    keep(memory)
 
 
 def attention(

@@ -112,6 +112,22 @@ def dequantise(typing_context, out, q, scale, shift, blocks):
 
 
 @intrinsic
+def widen(typing_context, out, q, blocks):
+    """float32 at `out` = int8 at q, of 16 `blocks`."""
+
+    def generate(context, builder, signature, arguments):
+        out, q, blocks = arguments
+
+        def body(index: Any, place: Any) -> None:
+            store(builder, bytes_at(builder, builder.add(q, index)), builder.add(out, place))
+
+        _blocks(builder, blocks, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
 def dequantise_token(typing_context, out, q, scale, blocks):
     """float32 at `out` = int8 at q times the one float32 at scale, of 16 `blocks`."""
 

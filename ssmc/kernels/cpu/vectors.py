@@ -220,6 +220,43 @@ def _rows_sum(kind: Any, size: int, registers: int) -> Any:
     return rows_sum
 
 
+def _two_rows_sums(kind: Any, size: int) -> Any:
+    """An intrinsic: `_rows_sum` of 64 columns with two kinds of weights."""
+
+    @intrinsic
+    def two_rows_sums(typing_context, out, apart, weights, weights_apart, rows, stride, count):
+        def generate(context, builder, signature, arguments):
+            out, apart, weights, weights_apart, rows, stride, count = arguments
+            fused, every = multiply_add(builder), ir.Constant(WORDS, [0] * 16)
+
+            def step(index: Any, totals: list[Any]) -> list[Any]:
+                row = builder.add(rows, builder.mul(index, stride))
+                parts = (builder.add(row, integer(16 * size * i)) for i in range(4))
+                values = [_widened(builder, part, kind) for part in parts]
+                place, new = builder.add(weights, builder.mul(index, integer(4))), []
+                for first in (0, 4):
+                    single = builder.bitcast(load(builder, place, F32), ir.VectorType(F32, 1))
+                    weight = builder.shuffle_vector(single, single, every)
+                    pairs_of = zip(values, totals[first : first + 4], strict=True)
+                    new += [builder.call(fused, [v, weight, total]) for v, total in pairs_of]
+                    place = builder.add(place, weights_apart)
+                return new
+
+            places = [
+                builder.add(base, integer(64 * i))
+                for base in (out, builder.add(out, apart))
+                for i in range(4)
+            ]
+            before = [load(builder, place, FLOATS) for place in places]
+            for place, total in zip(places, for_loop(builder, count, before, step), strict=True):
+                store(builder, total, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), generate
+
+    return two_rows_sums
+
+
 float32_rows_sum = _rows_sum(F32, 4, 1)
 """Add to float32 [16] at `out` 16 columns of `count` rows of float32 times their weights.
 
@@ -235,3 +272,7 @@ int8_rows_sum = _rows_sum(I8, 1, 1)
 """`float32_rows_sum` of rows of int8."""
 int8_rows_sum_64 = _rows_sum(I8, 1, 4)
 """`int8_rows_sum` of 64 columns."""
+float32_two_rows_sums = _two_rows_sums(F32, 4)
+"""`float32_rows_sum_64` for two results, `apart` bytes apart, whose weights are so, too."""
+int8_two_rows_sums = _two_rows_sums(I8, 1)
+"""`float32_two_rows_sums` of rows of int8."""
