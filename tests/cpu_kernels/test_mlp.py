@@ -8,7 +8,7 @@ import torch
 from ssmc import ops
 from ssmc.quant.formats import quantize_weight
 
-from .test_kernels import check, kernel
+from .test_kernels import check, integers, kernel, scales
 
 pytest.importorskip("numba")
 
@@ -46,3 +46,23 @@ def test_sums_over_experts(n: int, k: int, each: bool) -> None:
     check("int8_expert_linear", *args)
     check("int8_expert_linear_sum", *args, torch.rand(2, 5, 3))
     check("int8_expert_linear_sum", *args, torch.rand(2, 5, 3), torch.randn(2, 5, 2 * n)[..., n:])
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(30, 70, 63), (370, 48, 64), (20, 5, 130)])
+def test_experts_of_many_tokens_are_tiles(tokens: int, n: int, k: int, each: bool) -> None:
+    experts, chosen = 5, 3  # of which one is never chosen, and the last by all
+    w, w_scale = (
+        t.unflatten(0, (experts, n)) for t in quantize_weight(torch.randn(experts * n, k))
+    )
+    index = torch.rand(2, tokens, experts - 2).topk(chosen - 1).indices
+    index = torch.cat([index, torch.full((2, tokens, 1), experts - 1)], -1)
+    rows = (chosen, k) if each else (k,)
+    args = (integers(2, tokens, *rows), scales(2, tokens, *rows[:-1], 1), w, w_scale, index)
+    check("int8_expert_linear", *args)
+    weights, residual = torch.rand(2, tokens, chosen), torch.randn(2, tokens, 2 * n)[..., n:]
+    check("int8_expert_linear_sum", *args, weights, residual)
+    few = kernel("int8_expert_linear_sum")(args[0][:, :1], args[1][:, :1], w, w_scale, index[:, :1],
+                                           weights[:, :1])  # fmt: skip
+    many = kernel("int8_expert_linear_sum")(*args, weights)
+    assert torch.equal(few, many[:, :1])  # a token has the same bits alone

@@ -8,10 +8,20 @@ from torch import Tensor
 from ssmc import ops
 from ssmc.kernels.cpu.lanes import add_product, scaled_sums
 from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
-from ssmc.kernels.cpu.linear import add, copy_rows
-from ssmc.kernels.cpu.products import rows_product
+from ssmc.kernels.cpu.linear import (
+    PANEL,
+    add,
+    column_parameters,
+    copy_rows,
+    finish,
+    pack_panel,
+    sum_of,
+)
+from ssmc.kernels.cpu.products import TILE_X, rows_product, tile_product
 from ssmc.kernels.cpu.vectors import ROWS
-from ssmc.kernels.cpu.words import arguments_at, float32_at, int64_at, keep, scratch, share
+from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, int64_at, keep, scratch, share
+
+STRIP = 1024  # choices that are sorted by expert at a time
 
 
 @njit
@@ -22,12 +32,13 @@ def _copy(values, count, out):
         copied[i] = given[i]
 
 
-@kernel()
-def _experts(arguments, thread, threads):
+@njit
+def _few(a, thread, threads):
+    """Each choice for itself: 16 rows of the weight of its expert as they are."""
     (
         x, stride, x_scale, choices, each, w, w_scale, experts, n, k, index, count, weight,
         residual, apart_residual, out,
-    ) = arguments_at(arguments, 16)  # fmt: skip
+    ) = a  # fmt: skip
     blocks, steps = (n + ROWS - 1) // ROWS, (k + 63) // 64
     wide, cells, summed = steps * 64, experts * n * k, choices if weight else 1
     room = 0 if k == wide else wide  # whole blocks are read where they are
@@ -53,11 +64,108 @@ def _experts(arguments, thread, threads):
             scaled_sums(y, sums, 0, x_scale + 4 * token, factors, 1)
             if weight:
                 add_product(total, y, weight + 4 * choice, 1)
-        result = float32_at(out + 4 * (row * n + begin), size)
-        _copy(total if weight else y, size, out + 4 * (row * n + begin))
+        result = out + 4 * (row * n + begin)
+        _copy(total if weight else y, size, result)
         if residual:
-            add(float32_at(residual + 4 * (row * apart_residual + begin), size), result)
+            added = float32_at(residual + 4 * (row * apart_residual + begin), size)
+            add(added, float32_at(result, size))
     keep(memory)
+
+
+@njit
+def _sort(index, first, count, experts, order, ends):
+    """The choices from `first` on by expert, in their order; where those of each expert end."""
+    chosen, sorted_by = int64_at(index, first + count), int64_at(order, count)
+    last = int64_at(ends, experts)
+    last[:] = 0
+    for i in range(count):
+        last[chosen[first + i]] += 1
+    for expert in range(1, experts):
+        last[expert] += last[expert - 1]
+    for i in range(count - 1, -1, -1):
+        expert = chosen[first + i]
+        last[expert] -= 1
+        sorted_by[last[expert]] = first + i
+    for expert in range(experts - 1):
+        last[expert] = last[expert + 1]
+    last[experts - 1] = count
+
+
+@njit
+def _add_up(results, first, count, panel, width, a, total):
+    """What experts give for the choices from `first` on, summed over those of a token."""
+    choices, n, weight, residual, apart_residual, out = a[3], a[8], a[12], a[13], a[14], a[15]
+    for row in range(first // choices, (first + count) // choices):
+        float32_at(total, PANEL)[:] = 0
+        for choice in range(row * choices, (row + 1) * choices):
+            value = results + 4 * PANEL * (choice - first)
+            add_product(total, value, weight + 4 * choice, PANEL // ROWS)
+        result = out + 4 * (row * n + panel)
+        _copy(total, width, result)
+        if residual:
+            added = float32_at(residual + 4 * (row * apart_residual + panel), width)
+            add(added, float32_at(result, width))
+
+
+@njit
+def _many(a, thread, threads):
+    """Tiles of the tokens that have chosen an expert; threads share columns and choices."""
+    x, stride, x_scale, choices, each, w, w_scale, experts, n, k, index, count, weight = a[:13]
+    out, steps = a[15], (k + 3) // 4
+    most = min(count, max(1, STRIP // choices) * choices)
+    strips, panels = (count + most - 1) // most, (n + PANEL - 1) // PANEL
+    panel_bytes, tile_bytes = (k // 64 + 1) * 64 * PANEL, 4 * TILE_X * PANEL
+    memory, packed = scratch(
+        panel_bytes + tile_bytes + 16 * PANEL + TILE_X * 4 * steps
+        + (4 * PANEL * most if weight else 0) + 8 * (most + experts)
+    )  # fmt: skip
+    tile, columns = packed + panel_bytes, packed + panel_bytes + tile_bytes
+    whole = columns + 16 * PANEL
+    order = whole + TILE_X * 4 * steps
+    ends, results = order + 8 * most, order + 8 * (most + experts)
+    sorted_by, last = int64_at(order, most), int64_at(ends, experts)
+    for unit in share(strips * panels, thread, threads):
+        first, panel = unit // panels * most, unit % panels * PANEL
+        here, width = min(most, count - first), min(PANEL, n - panel)
+        _sort(index, first, here, experts, order, ends)
+        begin = 0
+        for expert in range(experts):
+            end = last[expert]
+            if begin < end:
+                pack_panel(packed, w + expert * n * k, n, k, panel)
+                scales = w_scale + 4 * (expert * n + panel)
+                column_parameters(scales, 0, 0, width, PANEL, columns)
+            for row in range(begin, end, TILE_X):
+                rows = min(TILE_X, end - row)
+                for r in range(rows):
+                    choice = sorted_by[row + r]
+                    token = choice if each else choice // choices
+                    copy_rows(x + token * stride, 0, 1, k, whole + 4 * steps * r, 0)
+                tile_product(tile, whole, 4 * steps, rows, packed, steps)
+                for r in range(rows):
+                    choice = sorted_by[row + r]
+                    token = choice if each else choice // choices
+                    excess = 128 * sum_of(int8_at(whole + 4 * steps * r, k))
+                    place, wanted = out + 4 * (choice * n + panel), width
+                    if weight:
+                        place, wanted = results + 4 * PANEL * (choice - first), PANEL
+                    sums, scale = tile + 4 * PANEL * r, x_scale + 4 * token
+                    finish(sums, excess, scale, 0, 0, 0, wanted, PANEL, columns, place)
+            begin = end
+        if weight:
+            _add_up(results, first, here, panel, width, a, columns + 12 * PANEL)
+    keep(memory)
+
+
+@kernel()
+def _experts(arguments, thread, threads):
+    # x, its stride and scales, choices of a token, whether x has a row for each; w, w_scale,
+    # experts, N, K; index, how many; weights of the sum, residual, its stride; out
+    a = arguments_at(arguments, 16)
+    if a[11] < TILE_X * a[7]:
+        _few(a, thread, threads)
+    else:
+        _many(a, thread, threads)
 
 
 def int8_expert_linear(

@@ -100,7 +100,8 @@ def finish(sums, excess, x_scale, bias, residual, rounds, count, size, room, out
 
 
 @njit
-def _sum_of(values):
+def sum_of(values):
+    """The sum of int8."""
     total = np.int32(0)
     for i in range(len(values)):
         total += np.int32(values[i])
@@ -117,7 +118,7 @@ def copy_rows(source, stride, count, n, out, out_stride):
 
 
 @njit
-def _pack_panel(packed, w, n, k, panel):
+def pack_panel(packed, w, n, k, panel):
     """PANEL rows of the weight for tiles; what is left of 64 columns by way of a copy."""
     blocks, rest = k // 64, k % 64
     tail = np.zeros(ROWS * 64, np.int8)
@@ -159,9 +160,9 @@ def _many(a, thread, threads):
     excess = int32_at(columns + 16 * PANEL, m)
     whole = columns + 16 * PANEL + 4 * m
     for row in range(first, last):
-        excess[row] = 128 * _sum_of(int8_at(x + row * x_stride, k))
+        excess[row] = 128 * sum_of(int8_at(x + row * x_stride, k))
     for panel in range(left, right, PANEL):
-        _pack_panel(packed, w, n, k, panel)
+        pack_panel(packed, w, n, k, panel)
         width = min(PANEL, n - panel)
         shifts, scales = bias + 4 * panel if bias else 0, out_scale + 4 * panel if out_scale else 0
         column_parameters(w_scale + 4 * panel, shifts, scales, width, PANEL, columns)
