@@ -10,6 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.lanes import channel_states, sum_rows
 from ssmc.kernels.cpu.launch import (
     contiguous,
     empty,
@@ -27,13 +28,21 @@ from ssmc.kernels.cpu.products import rows_product
 from ssmc.kernels.cpu.quantize import quantize_row
 from ssmc.kernels.cpu.selective_scan import (
     ROW,
+    SIZES,
+    SKIP,
     STATES,
     WIDTH,
+    U,
+    Y,
     advance,
     begin,
+    begin_states,
     from_lanes,
+    inputs,
+    of_token,
     plain,
     room_for,
+    write,
 )
 from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import (
@@ -79,6 +88,30 @@ def _step_sizes(low, scale, w, w_scale, bias, out_scale, rank, first, n, width, 
         finish(room, 0, scale, bias, 0, 1, count, ROWS, columns, out + start - first)
 
 
+@njit
+def _advance(rows, A, state, scales, rank, n, positive, room):
+    """A position of n channels; `rows` and `scales` are those of `advance`.
+
+    A channel's states are lanes, as they are in memory, and are summed at the end.
+    """
+    u, dt, z, B, C, out = rows
+    b, c, partial = room + STATES, room + STATES + 4 * rank, room + STATES + 8 * rank
+    inputs(u, 0, dt, 0, 1, n, positive, room)
+    of_token(B, scales[0], rank, b)
+    of_token(C, scales[1], rank, c)
+    y, skip = float32_at(room + Y, n), float32_at(room + SKIP, n)
+    values = float32_at(room + U, n)
+    for first in range(0, n, ROWS):
+        count, place = min(ROWS, n - first), 4 * first
+        states, rates = state + place * rank, A + place * rank
+        sizes, us = room + SIZES + place, room + U + place
+        channel_states(states, rates, rank // ROWS, b, c, sizes, us, partial, count)
+        sum_rows(room + Y + place, partial)
+    for i in range(n):
+        y[i] += skip[i] * values[i]
+    write(room + Y, z, n, room, out)
+
+
 @kernel()
 def _step(arguments, thread, threads):
     (
@@ -110,15 +143,18 @@ def _step(arguments, thread, threads):
         _step_sizes(
             low, dt + WIDTH, w, w_scale, bias, dt_scale, low_n, first, n, width, products, dt
         )
-        scales = (u_scale, dt_scale, z_scale, D, dt_bias)
-        begin(scales, A + 4 * first * rank, state + offset, first, n, rank, room)
+        begin((u_scale, dt_scale, z_scale, D, dt_bias), first, n, room)
         places = (
             u + sequence * u_apart + first, dt, z + sequence * z_apart + first if z else 0, B, C,
             out + 4 * (sequence * width + first),
         )  # fmt: skip
-        token_scales = (dt + WIDTH + 4, dt + WIDTH + 8)
-        advance(places, (0,) * 6, token_scales, 0, rank, 1, n, positive, room)
-        from_lanes(room + STATES, rank, n, state + offset)
+        token_scales, rates = (dt + WIDTH + 4, dt + WIDTH + 8), A + 4 * first * rank
+        if rank % ROWS:
+            begin_states(rates, state + offset, n, rank, room)
+            advance(places, (0,) * 6, token_scales, 0, rank, 1, n, positive, room)
+            from_lanes(room + STATES, rank, n, state + offset)
+        else:
+            _advance(places, rates, state + offset, token_scales, rank, n, positive, room)
     keep(memory)
 
 

@@ -77,13 +77,18 @@ def from_lanes(lanes, rank, n, rows):
 
 
 @njit
-def begin(scales, A, state, first, n, rank, room):
-    """The parameters of n channels from `first` on, their decays, and states or zeros.
+def begin(scales, first, n, room):
+    """The parameters of n channels from `first` on.
 
     `scales` are the addresses of the scales of u, of dt and of z, of D and of dt_bias.
     """
     for i in range(5):
         _parameters(scales[i], first, n, room + ROW * i)
+
+
+@njit
+def begin_states(A, state, n, rank, room):
+    """The decays of n channels, and their states or zeros, in lanes."""
     _to_lanes(A, rank, n, room + STATES + ROW * rank)
     decays = float32_at(room + STATES + ROW * rank, WIDTH * rank)
     for i in range(WIDTH * rank):
@@ -106,7 +111,7 @@ def _whole(q, n, room):
 
 
 @njit
-def _of_token(q, scale, rank, out):
+def of_token(q, scale, rank, out):
     """int8 [rank] times their scale, both at addresses, to float32 at another."""
     dequantise_token(out, q, scale, rank // ROWS)
     integers, values, factor = int8_at(q, rank), float32_at(out, rank), float32_at(scale, 1)[0]
@@ -115,7 +120,19 @@ def _of_token(q, scale, rank, out):
 
 
 @njit
-def _write(y, z, n, room, out):
+def inputs(u, u_apart, dt, dt_apart, count, n, positive, room):
+    """u and the step sizes of up to CHUNK positions, which are that far apart."""
+    for i in range(count):
+        q = _whole(u + i * u_apart, n, room)
+        dequantise(room + U + ROW * i, q, room + U_SCALE, room + ZEROS, BLOCKS)
+        q = _whole(dt + i * dt_apart, n, room)
+        dequantise(room + SIZES + ROW * i, q, room + DT_SCALE, room + BIAS, BLOCKS)
+    if positive:
+        softplus_of(room + SIZES, count * BLOCKS)
+
+
+@njit
+def write(y, z, n, room, out):
     """y of a position, gated where there is z, to `out`."""
     if z:
         z = _whole(z, n, room)
@@ -137,20 +154,14 @@ def advance(rows, apart, scales, after, rank, count, n, positive, room):
     u, dt, z, B, C, out = rows
     states, decays = room + STATES, room + STATES + ROW * rank
     b, c = decays + ROW * rank, decays + ROW * rank + 4 * rank
+    inputs(u, apart[0], dt, apart[1], count, n, positive, room)
     for i in range(count):
-        q = _whole(u + i * apart[0], n, room)
-        dequantise(room + U + ROW * i, q, room + U_SCALE, room + ZEROS, BLOCKS)
-        q = _whole(dt + i * apart[1], n, room)
-        dequantise(room + SIZES + ROW * i, q, room + DT_SCALE, room + BIAS, BLOCKS)
-    if positive:
-        softplus_of(room + SIZES, count * BLOCKS)
-    for i in range(count):
-        _of_token(B + i * apart[3], scales[0] + i * after, rank, b)
-        _of_token(C + i * apart[4], scales[1] + i * after, rank, c)
+        of_token(B + i * apart[3], scales[0] + i * after, rank, b)
+        of_token(C + i * apart[4], scales[1] + i * after, rank, c)
         size, value, y = room + SIZES + ROW * i, room + U + ROW * i, room + Y + ROW * i
         recurrence(states, decays, b, c, rank, size, value, room + SKIP, y)
     for i in range(count):
-        _write(room + Y + ROW * i, z + i * apart[2] if z else 0, n, room, out + i * apart[5])
+        write(room + Y + ROW * i, z + i * apart[2] if z else 0, n, room, out + i * apart[5])
 
 
 @kernel()
@@ -170,8 +181,8 @@ def _scan(arguments, thread, threads):
         sequence, first = unit // blocks, unit % blocks * WIDTH
         n, offset = min(WIDTH, width - first), 4 * (sequence * width + first) * rank
         given = state + offset if state else 0
-        scales = (u_scale, dt_scale, z_scale, D, dt_bias)
-        begin(scales, A + 4 * first * rank, given, first, n, rank, room)
+        begin((u_scale, dt_scale, z_scale, D, dt_bias), first, n, room)
+        begin_states(A + 4 * first * rank, given, n, rank, room)
         for step in range(0, length, CHUNK):
             row = sequence * length + (length - 1 - step if backwards else step)
             places = (
