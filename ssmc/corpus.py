@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ssmc.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
 FIELDS = ("text", "page")
@@ -99,6 +98,8 @@ def token_windows(
     The documents are joined with the token `separator` before each; what is left over at the end
     is dropped. Raises UsageError where the text is shorter than one window.
     """
+    import torch
+
     if length < 2:
         raise UsageError(f"a window of {length} tokens is too short", hint="use 2 or more")
     ids = [i for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -114,6 +115,8 @@ def token_windows(
 
 def sample_windows(windows: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
     """`samples` of the windows, drawn without replacement by a generator seeded with `seed`."""
+    import torch
+
     if samples < 1:
         raise UsageError(f"cannot calibrate on {samples} samples", hint="use 1 or more")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))

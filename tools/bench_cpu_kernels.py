@@ -32,7 +32,8 @@ from cpu_cases.models import PROMPT, cases
 from cpu_cases.rates import Rates, fastest, measure, seconds
 
 from ssmc.kernels.cpu.launch import Tape
-from ssmc.kernels.cpu.threads import Entries, threads
+from ssmc.kernels.cpu.threads import threads
+from ssmc.native.threads import Entries
 from ssmc.runtime import load
 
 LONG, ROUNDS, ROUND = 2e-4, 5, 0.015  # seconds of a tape, at least; of a round of its runs

@@ -4,10 +4,11 @@
 
 A model is a Hugging Face folder or a published size (random weights). llama.cpp is built by
 tools/llama_cpp_build.py; it is given what `ssmc export --format gguf --type TYPE` writes of the
-float model. Each side runs in processes of its own: a prompt of 512 tokens up to its last logits,
-and 128 single steps. The table has the medians over the rounds, and ours over theirs (memory: the
-peak of the process, libraries and all). Where the model has a tokenizer, the last line is
-perplexity, on 16 windows of the embedded text.
+float model. Ours runs as a session in a process with torch, and as what `ssmc export --format
+native` writes, in one without. Each runs in processes of its own: a prompt of 512 tokens up to its
+last logits, and 128 single steps. The table has the medians over the rounds, and ours over theirs
+(memory: the peak of the process, libraries and all). Where the model has a tokenizer, the last line
+is perplexity, on 16 windows of the embedded text.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llama_cpp_build import LlamaCpp, build_llama_cpp, run
-from perplexity_llama_cpp import cut, our_perplexity, their_reading
+
+from ssmc.native.model import is_program
 
 PROMPT, TOKENS, WINDOWS = 512, 128, 16
 
@@ -32,7 +36,8 @@ def main() -> None:
     """Build, convert, compile, measure, print."""
     arguments = _arguments()
     if arguments.measure:
-        print(json.dumps(_measure(arguments.measure, arguments.threads)))
+        measure = _measure_native if is_program(arguments.measure) else _measure_session
+        print(json.dumps(measure(arguments.measure, arguments.threads)))
         return
     if arguments.prepare:
         _prepare(arguments.models[0], arguments.prepare, arguments)
@@ -63,6 +68,10 @@ def _artefact(folder: Path) -> Path:
     return folder / "int8"
 
 
+def _program(folder: Path) -> Path:
+    return folder / "native"
+
+
 def _file(folder: Path, type: str) -> Path:
     return folder / f"float-{type}.gguf"
 
@@ -75,6 +84,7 @@ def _scores(folder: Path, type: str) -> Path:
 def _prepare(model: str, folder: Path, arguments: Any) -> None:
     """Compile a model in int8, and in float for the file that llama.cpp gets; score both."""
     import torch
+    from perplexity_llama_cpp import cut, our_perplexity, their_reading
 
     import ssmc
     from ssmc.bench.random_model import compile_random, random_recipe
@@ -92,6 +102,7 @@ def _prepare(model: str, folder: Path, arguments: Any) -> None:
         ids = torch.zeros(1, 8, dtype=torch.int64)
         plain = ssmc.compile(size.module("cpu"), ids, calibration=ids, **exact)
     int8.save(_artefact(folder), force=True)
+    export(_artefact(folder), _program(folder), "native", force=True)
     plain.save(folder / "float", force=True)
     file = _file(folder, arguments.type)
     export(folder / "float", file, "gguf", type=arguments.type, force=True)
@@ -104,24 +115,30 @@ def _prepare(model: str, folder: Path, arguments: Any) -> None:
 
 
 def _compare(model: str, built: LlamaCpp, folder: Path, arguments: Any) -> None:
-    file, artefact = _file(folder, arguments.type), _artefact(folder)
+    file, threads = _file(folder, arguments.type), arguments.threads
     theirs: list[dict[str, float]] = []
-    ours: list[dict[str, float]] = []
+    ours: dict[Path, list[dict[str, float]]] = {_artefact(folder): [], _program(folder): []}
     for _ in range(arguments.rounds):
-        theirs.append(_their_run(built.bench, file, arguments.threads))
-        command = (sys.executable, __file__, "--measure", artefact, "--threads", arguments.threads)
-        output, memory = _measured(*command)
-        ours.append(json.loads(output) | {"memory": memory})
-    print(f"{model}, {arguments.threads} threads, medians of {arguments.rounds} rounds")
-    print(f"{'':24}{'ssmc int8':>12}{'llama.cpp ' + arguments.type:>18}{'ratio':>8}")
+        theirs.append(_their_run(built.bench, file, threads))
+        for given, found in ours.items():
+            command = (sys.executable, __file__, "--measure", given, "--threads", threads)
+            output, memory = _measured(*command)
+            found.append(json.loads(output) | {"memory": memory})
+    print(f"{model}, {threads} threads, medians of {arguments.rounds} rounds")
+    heads = ("session", "ratio", "native", "ratio")
+    print(f"{'':24}{'llama.cpp ' + arguments.type:>18}" + "".join(f"{h:>10}" for h in heads))
     units = {"prefill": "prefill, tok/s", "decode": "decode, tok/s", "memory": "peak memory, MB"}
     for key, unit in units.items():
-        one, other = (statistics.median(run[key] for run in runs) for runs in (ours, theirs))
-        print(f"{unit:24}{one:12.0f}{other:18.0f}{one / other:8.2f}", flush=True)
+        other = statistics.median(run[key] for run in theirs)
+        line = f"{unit:24}{other:18.0f}"
+        for runs in ours.values():
+            one = statistics.median(run[key] for run in runs)
+            line += f"{one:10.0f}{one / other:10.2f}"
+        print(line, flush=True)
     scores = json.loads(_scores(folder, arguments.type).read_text())
     if scores:
         one, other = scores["ssmc"], scores["llama.cpp"]
-        print(f"{'perplexity':24}{one:12.3f}{other:18.3f}{one / other:8.4f}", flush=True)
+        print(f"{'perplexity':24}{other:18.3f}{one:10.3f}{one / other:10.4f}", flush=True)
 
 
 def _their_run(program: Path, gguf: Path, threads: int) -> dict[str, float]:
@@ -147,7 +164,7 @@ def _measured(*command: Any) -> tuple[str, float]:
     return output, usage.ru_maxrss / 1024
 
 
-def _measure(artefact: str, threads: int) -> dict[str, float]:
+def _measure_session(artefact: str, threads: int) -> dict[str, float]:
     """Tokens a second of an artefact: a prompt, and steps behind it."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as `ssmc` has it, before torch loads
     import torch
@@ -166,12 +183,30 @@ def _measure(artefact: str, threads: int) -> dict[str, float]:
     def step() -> None:
         session.step(ids[:, :1])
 
+    return _speeds(prompt, step)
+
+
+def _measure_native(folder: str, threads: int) -> dict[str, float]:
+    """The same of a native program."""
+    from ssmc.native import load
+
+    model, draw = load(folder, threads), random.Random(0)
+    ids = [draw.randrange(model.vocabulary) for _ in range(PROMPT)]
+
+    def prompt() -> None:
+        model.reset()
+        model.prefill(ids)
+
+    return _speeds(prompt, lambda: model.step(ids[0]))
+
+
+def _speeds(prompt: Callable[[], object], step: Callable[[], object]) -> dict[str, float]:
     prompt()
     step()
     return {"prefill": PROMPT / _median(prompt, 5), "decode": 1 / _median(step, TOKENS)}
 
 
-def _median(run: Any, count: int) -> float:
+def _median(run: Callable[[], object], count: int) -> float:
     times = []
     for _ in range(count):
         start = time.perf_counter()

@@ -15,6 +15,8 @@ Complete = Callable[[str], list[str]]
 HOLDS_A_MODEL = ("config.json", "ssmc.json")
 """A folder with one of these is a model or an artefact."""
 
+HOLDS_A_PROGRAM = ("code.safetensors",)
+
 
 def words(*known: str) -> Complete:
     """What completes one of a closed list."""
@@ -55,6 +57,11 @@ def artefact(incomplete: str) -> list[str]:
     return list(_folders(incomplete))
 
 
+def native(incomplete: str) -> list[str]:
+    """A folder; one with a native program without a slash."""
+    return list(_folders(incomplete, HOLDS_A_PROGRAM))
+
+
 def target_or(*known: str) -> Complete:
     """One of a closed list, or what `target` completes."""
     return lambda incomplete: [*_beginning(incomplete, known), *target(incomplete)]
@@ -68,10 +75,10 @@ def _passes() -> list[str]:
     return sorted({*builtin_passes(), *plugin_passes()})
 
 
-def _folders(incomplete: str) -> Iterator[str]:
+def _folders(incomplete: str, marks: Iterable[str] = HOLDS_A_MODEL) -> Iterator[str]:
     for name in _entries(incomplete):
         folder = Path(name)
-        if any((folder / file).is_file() for file in HOLDS_A_MODEL):
+        if any((folder / file).is_file() for file in marks):
             yield name
         elif folder.is_dir():
             yield f"{name}/"
@@ -92,7 +99,7 @@ BACKENDS = words("auto", "reference", "cpu", "triton")
 DEVICES = words("auto", "cpu", "cuda")
 SCHEMES = words("w8a8", "w4a8", "w8a16", "w4a16", "w3a16", "w2a16", "auto", "none")
 STAGES = words("analyse", "rewrite", "reconstruct", "calibrate", "quantise")
-FORMATS = words("hf", "compressed-tensors", "pt2", "aoti", "gguf")
+FORMATS = words("hf", "compressed-tensors", "pt2", "aoti", "native", "gguf")
 GGUF_TYPES = words("q8_0", "f16", "f32")
 SIZES = words(
     "130m", "370m", "790m", "1.4b", "2.8b",

@@ -19,7 +19,7 @@ def run(
         str,
         typer.Option(
             "--format",
-            help="hf, compressed-tensors, pt2, aoti or gguf.",
+            help="hf, compressed-tensors, pt2, aoti, native or gguf.",
             autocompletion=completion.FORMATS,
         ),
     ] = "hf",

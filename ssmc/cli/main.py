@@ -24,6 +24,7 @@ from ssmc.cli import (
 )
 from ssmc.cli import compile as compile_command
 from ssmc.cli import eval as eval_command
+from ssmc.cli import run as run_command
 from ssmc.cli.output import fail
 from ssmc.errors import SsmcError
 
@@ -49,6 +50,7 @@ app.command("sensitivity")(sensitivity.run)
 app.command("eval")(eval_command.run)
 app.command("export")(export.run)
 app.command("generate")(generate.run)
+app.command("run")(run_command.run)
 app.command("chat")(chat.run)
 app.command("verify")(verify.run)
 app.command("bench")(bench.run)

@@ -96,9 +96,16 @@ def choose_execution(target: Target, execution: str) -> None:
 
 def open_target(name: str, backend: str = "auto", device: str = "auto") -> Target:
     """The model or artefact called `name`, on a device; `backend` is what an artefact runs on."""
+    from ssmc.errors import UsageError
+    from ssmc.native.model import is_program
     from ssmc.runtime import is_artefact, load
     from ssmc.runtime.artefact import GRAPH
 
+    if is_program(name):
+        raise UsageError(
+            f"{name} is a native program, no model or artefact",
+            hint=f"ssmc run {name} --prompt TEXT",
+        )
     if (Path(name) / GRAPH).is_file() or is_artefact(name):
         compiled = load(name, backend, device)
         run_on, chat = compiled.device, compiled.about.get("chat")

@@ -33,6 +33,7 @@ FORMATS = {
     "aoti": Format(
         "torch._inductor.aoti_load_package, once ssmc.ops is imported", "ssmc.export.aoti"
     ),
+    "native": Format("ssmc run and ssmc.native, without torch", "ssmc.export.native"),
     "gguf": Format("llama.cpp", "ssmc.export.gguf", ("q8_0", "f16", "f32")),
 }
 

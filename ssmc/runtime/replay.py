@@ -6,6 +6,7 @@ are. What has no kernel is a call of plain torch between two lists of kernels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -33,17 +34,17 @@ class TapeRecorder:
 
     def record(self, program: Graph, shape: tuple[int, int]) -> TapeRecording:
         """`advance` for ids of `shape` [batch, length], recorded; the states stay as they are."""
-        from ssmc.kernels.cpu.launch import Tape, run_torch
+        from ssmc.kernels.cpu.elementwise import copy_into
+        from ssmc.kernels.cpu.launch import Tape
 
         before = {name: state.clone() for name, state in self.states.items()}
         ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
         with torch.no_grad(), Tape() as tape:
             runner = _Runner(program.module)
             result, new = runner.run(ids, *(self.states[s.name] for s in program.states))
-            given = dict(zip((s.name for s in program.states), new, strict=True))
-            moved = {n for n, s in given.items() if s.data_ptr() != self.states[n].data_ptr()}
-            if moved:
-                run_torch(overwrite, *({n: of[n] for n in moved} for of in (self.states, given)))
+            for spec, state in zip(program.states, new, strict=True):
+                if state.data_ptr() != self.states[spec.name].data_ptr():
+                    copy_into(self.states[spec.name], state)
         overwrite(self.states, before)
         return TapeRecording(tape, program, ids, result[:, -1])
 
@@ -77,7 +78,7 @@ class _Runner(fx.Interpreter):
             result = target(*args, **kwargs)
             if _is_view(result, args[0]):
                 return result
-        return run_torch(lambda *given: target(*given, **kwargs), *args)
+        return run_torch(functools.partial(target, **kwargs), *args)
 
 
 def _is_view(result: Any, operand: Any) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PROGRAMS = ("ssmc", "make", "pip", "python", "lm_eval")
 _LINE = re.compile(rf"^ {{4}}((?:{'|'.join(PROGRAMS)})\b(?:.*\\\n)*.*)$", re.MULTILINE)
-PLACES = {"MODEL": "demo", "OUT": "out"}
+PLACES = {"MODEL": "demo", "OUT": "out", "OUT-native": "out-native"}
 """What stands for what a user has."""
 
 

@@ -20,6 +20,7 @@ import typer
 
 from ssmc import demo
 from ssmc.cli.main import app, main
+from ssmc.export import export
 
 from .blocks import ROOT
 from .commands import Command, commands
@@ -36,6 +37,7 @@ QUICK = {
     "inspect": "--samples 1",
     "generate": "--tokens 4",
     "chat": "--tokens 4",
+    "run": "--tokens 4",
     "verify": "--length 16",
     "bench": "--iterations 2 --ttft 16 --batch 1",
     "export": "--force",
@@ -67,6 +69,7 @@ def place(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("commands")
     for name in ("out", "small"):
         (folder / name).symlink_to(tiny_artefact)
+    export(tiny_artefact, folder / "out-native", "native")
     (folder / "prompts.jsonl").write_text('{"prompt": "The old man"}\n{"prompt": "In the"}\n')
     return folder
 

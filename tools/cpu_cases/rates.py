@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ssmc.kernels.cpu.launch import Kernel, Tape, kernel, launch
+from ssmc.kernels.cpu.kernel import Kernel, kernel
+from ssmc.kernels.cpu.launch import Tape, launch
 from ssmc.kernels.cpu.numbers import exp2
 from ssmc.kernels.cpu.products import TILE_W, TILE_X, tile_product
 from ssmc.kernels.cpu.vectors import ROWS

@@ -14,8 +14,9 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import widen
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, run_torch
 from ssmc.kernels.cpu.numbers import LOG2E, exp2
 from ssmc.kernels.cpu.vectors import (
     ROWS,

@@ -8,7 +8,8 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, run_torch
+from ssmc.kernels.cpu.kernel import kernel
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, run_torch
 from ssmc.kernels.cpu.quantize import quantize_row
 from ssmc.kernels.cpu.words import (
     arguments_at,

@@ -7,8 +7,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import round_to, scale_sums, silu_of
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, vector
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, rows, vector
 from ssmc.kernels.cpu.linear import copy_rows
 from ssmc.kernels.cpu.products import TAPS, slide
 from ssmc.kernels.cpu.quantize import quantize_dynamic

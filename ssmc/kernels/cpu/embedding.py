@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, vector
+from ssmc.kernels.cpu.kernel import kernel
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, vector
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, int64_at, share
 
 

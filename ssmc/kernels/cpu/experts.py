@@ -6,8 +6,9 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import add_product, scaled_sums
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.linear import (
     PANEL,
     add,

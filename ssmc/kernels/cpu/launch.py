@@ -7,50 +7,25 @@ bits of float64.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, types
 from torch import Tensor
 
-from ssmc.kernels.cpu.threads import Entries, threads
+from ssmc.kernels.cpu.kernel import Kernel, kernel
+from ssmc.kernels.cpu.threads import threads
 from ssmc.kernels.cpu.words import arguments_at, float32_at
+from ssmc.native.threads import Entries
 
 LARGE, ALIGNMENT = 2**19, 64  # bytes
 
-_SIGNATURE = types.void(*[types.int64] * 3)
 _recording = threading.local()
-
-
-class Kernel:
-    """A compiled function; compiled, or loaded from where it is kept, at its first launch."""
-
-    def __init__(self, function: Callable[..., None], fastmath: set[str]) -> None:
-        self.function, self.fastmath = function, fastmath
-
-    @cached_property
-    def _compiled(self) -> Any:
-        options = {"fastmath": self.fastmath, "error_model": "numpy"}
-        return cfunc(_SIGNATURE, cache=True, **options)(self.function)
-
-    @cached_property
-    def address(self) -> int:
-        """Where its code is."""
-        return int(self._compiled.address)
-
-
-def kernel(*fastmath: str) -> Callable[[Callable[..., None]], Kernel]:
-    """A kernel whose floats may be treated as LLVM's `fastmath` flags say; it may always fuse.
-
-    `reassoc` lets sums of floats be vectorised. Integers do not depend on it.
-    """
-    return lambda function: Kernel(function, {"contract", *fastmath})
 
 
 class Tape:
@@ -63,6 +38,8 @@ class Tape:
     def __init__(self) -> None:
         self.parts: list[list[Any] | Callable[[], object]] = []
         self.kept: list[Any] = []  # what the addresses on the tape belong to
+        self.rooms: list[Tensor] = []  # memory that was made for results
+        self.plain: list[str] = []  # what is called of torch
         self._lists: list[Entries | Callable[[], object]] = []
 
     def __enter__(self) -> Tape:
@@ -79,9 +56,10 @@ class Tape:
         self.parts[-1].append(entry)  # type: ignore[union-attr]
         self.kept.append(kept)
 
-    def call(self, function: Callable[[], object]) -> None:
+    def call(self, function: Callable[[], object], name: str) -> None:
         """A call of plain torch, which writes where it has written."""
         self.parts.append(function)
+        self.plain.append(name)
 
     def run(self) -> None:
         """Everything on the tape again."""
@@ -128,6 +106,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     Large ones are aligned here: the C library cuts aligned memory out of larger pieces, finds no
     place for the next of the same size in what is freed of it, and lets the heap grow.
     """
+    made, recording = _empty(shape, dtype), tape()
+    if recording is not None:
+        recording.rooms.append(made)
+    return made
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -141,7 +126,9 @@ def run_torch(function: Callable[..., Any], *arguments: Any) -> Any:
     result = function(*arguments)
     recording = tape()
     if recording is not None:
-        recording.call(lambda: _overwrite(result, function(*arguments)))
+        named: Any = getattr(function, "func", function)  # of what has keyword arguments
+        name = str(getattr(named, "__name__", named))
+        recording.call(lambda: _overwrite(result, function(*arguments)), name)
     return result
 
 
@@ -166,7 +153,7 @@ def _repeat(arguments, thread, threads):
 
 def contiguous(x: Tensor) -> Tensor:
     """x, or its copy without gaps."""
-    return x if x.is_contiguous() else run_torch(lambda y: y.contiguous(), x)
+    return x if x.is_contiguous() else run_torch(Tensor.contiguous, x)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int, int]:
@@ -197,11 +184,11 @@ def vector(scale: Tensor | None, count: int) -> Tensor | None:
 
 def widened(state: Tensor) -> Tensor:
     """A state in float32: itself, or its copy."""
-    return state if state.dtype == torch.float32 else run_torch(lambda x: x.float(), state)
+    return state if state.dtype == torch.float32 else run_torch(Tensor.float, state)
 
 
 def narrowed(new: Tensor, state: Tensor) -> Tensor:
     """A new state of float32 in the type of `state`."""
     if state.dtype == torch.float32:
         return new
-    return run_torch(lambda x: x.to(state.dtype), new)
+    return run_torch(functools.partial(Tensor.to, dtype=state.dtype), new)

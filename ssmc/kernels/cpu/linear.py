@@ -13,8 +13,9 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import add_to, round_to, scaled_sums
-from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, run_torch, vector
+from ssmc.kernels.cpu.launch import empty, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.products import TILE_W, TILE_X, pack_rows, rows_product, tile_product
 from ssmc.kernels.cpu.quantize import quantize_segments
 from ssmc.kernels.cpu.vectors import ROWS

@@ -8,7 +8,8 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, run_torch
+from ssmc.kernels.cpu.kernel import kernel
+from ssmc.kernels.cpu.launch import empty, launch, rows, run_torch
 from ssmc.kernels.cpu.norm import rotate_row
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, silu
 from ssmc.kernels.cpu.quantize import quantize_row

@@ -9,7 +9,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ssmc.kernels.cpu.launch import empty, kernel, launch, rows, vector
+from ssmc.kernels.cpu.kernel import kernel
+from ssmc.kernels.cpu.launch import empty, launch, rows, vector
 from ssmc.kernels.cpu.numbers import silu
 from ssmc.kernels.cpu.quantize import quantize_row
 from ssmc.kernels.cpu.vectors import (

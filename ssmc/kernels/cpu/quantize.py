@@ -8,7 +8,8 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
+from ssmc.kernels.cpu.kernel import kernel
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.words import (
     arguments_at,
     float32_at,

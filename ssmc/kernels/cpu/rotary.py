@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch
+from ssmc.kernels.cpu.kernel import kernel
+from ssmc.kernels.cpu.launch import contiguous, empty, launch
 from ssmc.kernels.cpu.numbers import cos_sin
 from ssmc.kernels.cpu.words import arguments_at, float32_at, float_of_bits, int64_at, share
 from ssmc.ops.attention import check_rotary

@@ -10,11 +10,11 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import channel_states, sum_rows
 from ssmc.kernels.cpu.launch import (
     contiguous,
     empty,
-    kernel,
     launch,
     narrowed,
     rows,

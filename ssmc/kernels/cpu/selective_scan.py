@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ssmc import ops
 from ssmc.errors import UsageError
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import dequantise, dequantise_token, gated, recurrence, softplus_of
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.numbers import LOG2E
 from ssmc.kernels.cpu.vectors import ROWS, transpose_block
 from ssmc.kernels.cpu.words import arguments_at, float32_at, int8_at, keep, scratch, share

@@ -9,13 +9,14 @@ from numba import njit
 from torch import Tensor
 
 from ssmc import ops
+from ssmc.kernels.cpu.kernel import kernel
 from ssmc.kernels.cpu.lanes import (
     advance_rows_16,
     advance_rows_128,
     dequantise_token,
     sum_rows,
 )
-from ssmc.kernels.cpu.launch import contiguous, empty, kernel, launch, rows, run_torch, vector
+from ssmc.kernels.cpu.launch import contiguous, empty, launch, rows, run_torch, vector
 from ssmc.kernels.cpu.numbers import LOG2E, exp2, softplus
 from ssmc.kernels.cpu.vectors import ROWS
 from ssmc.kernels.cpu.words import (

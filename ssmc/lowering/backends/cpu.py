@@ -52,6 +52,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 """Operators by the module of `ssmc.kernels.cpu` that has their kernel, under its name."""
 
+PLAIN_CALLS = ("add", "to_dtype")
+"""Calls of torch that have kernels too, in `elementwise`, with the same bits."""
+
 FLOATS = Tolerance(error=1e-5)
 """Floats made of exact integers: exponentials, and sums in another order."""
 
@@ -107,11 +110,13 @@ class CPUBackend(Backend):
 @functools.cache
 def _load() -> Kernels:
     modules = {name: importlib.import_module(f"ssmc.kernels.cpu.{name}") for name in KERNELS}
-    return {
+    found = {
         f"ssmc::{name}": getattr(modules[module], name)
         for module, names in KERNELS.items()
         for name in names
     }
+    elementwise = importlib.import_module("ssmc.kernels.cpu.elementwise")
+    return found | {name: getattr(elementwise, name) for name in PLAIN_CALLS}
 
 
 COMPILED = CPUBackend(
