@@ -15,9 +15,9 @@ from ssmc.core import Context, Graph, Pass, Record, run_passes
 from ssmc.core.diff import tensor_hash
 from ssmc.core.graph import LENGTH
 from ssmc.core.journal import Journal
-from ssmc.core.numerics import block_numerics, first_result, operator_numerics
+from ssmc.core.numerics import block_numerics, operator_numerics
 from ssmc.core.options import PassSpec, parse_passes
-from ssmc.core.pipeline import check_passes, relative_error, signal_to_noise
+from ssmc.core.pipeline import check_passes, probed, relative_error, signal_to_noise
 from ssmc.core.ranks import find_ranks
 from ssmc.core.report import Report
 from ssmc.core.store import Store
@@ -255,13 +255,13 @@ def finish(prepared: Prepared, recipe: Recipe, hooks: Hooks) -> CompiledModel:
         hooks.crash_folder, prepared.done,
     )  # fmt: skip
     report = Report(prepared.report.records + rest.records)
-    move(source.graph, source.graph.runs_on)
-    artefact = Artefact(
-        source.graph, about=_about(source, recipe, plan), tokenizer=source.tokenizer
-    )
+    measured = _numerics(source.graph, reference, context)
+    about = _about(source, recipe, plan) | {"metrics": _metrics(source.graph, reference, context)}
+    move(source.graph, source.graph.runs_on)  # only now, so that there is room for the reference
+    artefact = Artefact(source.graph, about=about, tokenizer=source.tokenizer)
     compiled = CompiledModel(artefact, recipe.backend)
-    artefact.report = _report(compiled, report, reference, context)
-    artefact.about["metrics"] = _metrics(compiled, reference, context)
+    lowered = {"fused": compiled.lowered.fused, "kept": compiled.lowered.kept}
+    artefact.report = {"passes": report.to_json(timing=False), "lowering": lowered} | measured
     return compiled
 
 
@@ -315,26 +315,20 @@ def _tools() -> dict[str, str]:
     return {"ssmc": ssmc.__version__, "torch": str(torch.__version__)}
 
 
-def _report(
-    compiled: CompiledModel, report: Report, reference: Graph, context: Context
-) -> dict[str, Any]:
-    blocks, single = [], []
-    if context.probe is not None:
-        addresses = {o.node.name: o.address for o in operators(reference)}
-        blocks = block_numerics(compiled.graph, reference, context.probe)
-        single = operator_numerics(compiled.graph, reference, addresses, context.probe)
+def _numerics(g: Graph, reference: Graph, context: Context) -> dict[str, Any]:
+    if context.probe is None:
+        return {"numerics": [], "operators": []}
+    addresses = {o.node.name: o.address for o in operators(reference)}
     return {
-        "passes": report.to_json(timing=False),
-        "lowering": {"fused": compiled.lowered.fused, "kept": compiled.lowered.kept},
-        "numerics": blocks,
-        "operators": single,
+        "numerics": block_numerics(g, reference, context.probe),
+        "operators": operator_numerics(g, reference, addresses, context.probe),
     }
 
 
-def _metrics(compiled: CompiledModel, reference: Graph, context: Context) -> dict[str, Any]:
+def _metrics(g: Graph, reference: Graph, context: Context) -> dict[str, Any]:
     if context.probe is None:
         return {}
-    expected, value = (first_result(g(*context.probe)[0]) for g in (reference, compiled.graph))
+    expected, value = (probed(graph, context.probe) for graph in (reference, g))
     agreement = (expected.argmax(-1) == value.argmax(-1)).double().mean().item()
     error = relative_error(value, expected)
     ratio = signal_to_noise(value, expected) if error else None

@@ -86,6 +86,21 @@ def test_they_make_what_one_makes(tmp_path: Path) -> None:
             assert files(Path(f"{folder}-{rank}-of-{COUNT}")) == whole
 
 
+def test_each_has_its_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = """
+import os, torch
+from ssmc.core.ranks import join, leave
+
+os.sched_getaffinity = lambda process: range(7)
+join()
+print(torch.get_num_threads())
+leave()
+"""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(COUNT))
+    said = [process.communicate(timeout=120) for process in start(COUNT, threads)]
+    assert [out for out, _ in said] == ["3\n", "3\n"], said
+
+
 DYING = """
 import os, signal, sys
 import torch

@@ -80,7 +80,7 @@ draw, killed, ended = random.Random(0), [], 0
 while not (len(killed) >= kills and ended):
     child = os.fork()
     if child == 0:
-        ssmc.compile(model, work=work, resume=True, **given).save(f"{out}-{ended}")
+        ssmc.compile(model, work=work, resume=True, **given).save(f"{out}-{ended}", force=True)
         os._exit(0)
     if len(killed) < kills:
         time.sleep(draw.uniform(0.1, 1.0) * seconds)

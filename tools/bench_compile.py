@@ -12,6 +12,7 @@ weights come before and are told apart.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ def measure(
     about = {"source": {"kind": "random", "name": size.name}}
     options = {} if scheme is None else {"scheme": scheme}
     recipe = make_recipe(passes=passes, samples=samples, length=length, **options)
+    gc.collect()  # the graphs of the size before refer to themselves
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

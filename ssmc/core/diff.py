@@ -7,18 +7,23 @@ them nothing; parameters are compared by their statistics and their hash.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssmc.core.graph import Graph
 from ssmc.core.text import graph_lines
 
-PIECE = 2**16
-"""How many values of a tensor are looked at at a time: copies in float64 stay in the cache."""
+PIECE = 2**19
+"""Values of a tensor that are looked at at a time: copies in float64 stay in the cache."""
+ROW = 2**10
+"""Values that are summed in one order, however many threads there are."""
+GROUP = 2**30
+"""Bytes of tensors that are read twice while they are in memory, by hash and by value."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,7 @@ def difference(before: Snapshot, after: Snapshot) -> Diff:
         for name in dict.fromkeys([*before.params, *after.params])
         if before.params.get(name) is not after.params.get(name)
     ]
-    with ThreadPoolExecutor() as pool:  # hashing and arithmetic leave the interpreter free
-        stats = [pool.map(_stats, map(side.params.get, changed)) for side in (before, after)]
+    stats = [_stats([side.params.get(name) for name in changed]) for side in (before, after)]
     return Diff(
         removed=[line for line in before.lines.values() if line not in new],
         added=[line for line in after.lines.values() if line not in old],
@@ -92,26 +96,64 @@ def difference(before: Snapshot, after: Snapshot) -> Diff:
     )
 
 
-def _stats(value: torch.Tensor | None) -> ParamStats | None:
-    return None if value is None else param_stats(value)
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Statistics of tensors that are there still: what one pass has left the next one changes."""
+
+
+def _stats(values: Sequence[torch.Tensor | None]) -> list[ParamStats | None]:
+    """The statistics of each tensor, None for None.
+
+    Hashing leaves the interpreter free, so threads share the tensors. Arithmetic has threads of
+    its own, and comes when they have ended.
+    """
+    new = [value for value in values if value is not None and value not in _known]
+    with ThreadPoolExecutor() as pool:
+        for group in _groups(new):
+            for value, digest in zip(group, list(pool.map(_hash, group)), strict=True):
+                _known[value] = _described(value, digest)
+    return [None if value is None else _known[value] for value in values]
+
+
+def _groups(values: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours that have GROUP bytes together, or little more."""
+    group: list[torch.Tensor] = []
+    for value in values:
+        group.append(value)
+        if sum(x.nbytes for x in group) >= GROUP:
+            yield group
+            group = []
+    yield group
 
 
 def param_stats(value: torch.Tensor) -> ParamStats:
     """Statistics and hash of a tensor; those of a tensor on the meta device are NaN."""
+    return _described(value, _hash(value))
+
+
+def _described(value: torch.Tensor, digest: str) -> ParamStats:
     shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
     if value.device.type == "meta":
-        return ParamStats(dtype, shape, float("nan"), float("nan"), "")
+        return ParamStats(dtype, shape, float("nan"), float("nan"), digest)
     pieces = value.detach().flatten().split(PIECE)
     count = max(value.numel(), 1)
-    mean = sum(x.double().sum().item() for x in pieces) / count
-    second = fourth = largest = 0.0
+    mean = sum(_sum(x.double()) for x in pieces) / count
+    second = fourth = 0.0
     for x in pieces:
-        spread = (x.double() - mean).square()
-        second += spread.sum().item() / count
-        fourth += spread.square().sum().item() / count
-        largest = max(largest, x.double().abs().max().item() if x.numel() else 0.0)
+        spread = x.double().sub_(mean).square_()
+        second += _sum(spread) / count
+        fourth += _sum(spread.square_()) / count
+    largest = max((abs(float(end)) for x in pieces if len(x) for end in x.aminmax()), default=0.0)
     kurtosis = fourth / second**2 if second > 0 else 0.0
-    return ParamStats(dtype, shape, largest, kurtosis, tensor_hash(value))
+    return ParamStats(dtype, shape, largest, kurtosis, digest)
+
+
+def _sum(x: torch.Tensor) -> float:
+    rows = x[: len(x) // ROW * ROW].view(-1, ROW)
+    return (rows.sum(1).sum() + x[rows.numel() :].sum()).item()
+
+
+def _hash(value: torch.Tensor) -> str:
+    return "" if value.device.type == "meta" else tensor_hash(value)
 
 
 def tensor_hash(value: torch.Tensor) -> str:

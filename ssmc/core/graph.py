@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx, nn
 from ssmc.core import dialect
 from ssmc.core.state import OPEN, States, StateSpec, fresh_states, with_room
 from ssmc.core.store import Store
+from ssmc.core.walk import Leaf, Seen, walk
 from ssmc.errors import NumericsError, PassError
 
 BATCH, LENGTH, ROOM = 1009, 1013, 1019
@@ -254,23 +255,43 @@ class Graph:
 
         It runs where the inputs are, and fetches the tensors that are elsewhere one by one.
         """
-        given = (*inputs, *(states[s.name] for s in self.states))
-        there = self.device in (None, inputs[0].device)
-        with torch.no_grad():
-            result, new = self.module(*given) if there else _Watcher(self.module).run(*given)
+        if self.device in (None, inputs[0].device):
+            with torch.no_grad():
+                result, new = self.module(*inputs, *(states[s.name] for s in self.states))
+        else:
+            wanted = (self.result, self.new_states)
+            result, new = walk(self.nodes, wanted, self.leaves(inputs, states), unseen)
         return result, dict(zip((s.name for s in self.states), new, strict=True))
 
     def watch(
         self,
-        seen: Callable[[fx.Node, Any], None],
+        seen: Seen,
         *inputs: torch.Tensor,
         states: States | None = None,
     ) -> Any:
-        """Run, showing `seen` every node's value as it is computed. Returns the result."""
-        states = self._states(inputs, states)
-        with torch.no_grad():
-            watcher = _Watcher(self.module, seen)
-            return watcher.run(*inputs, *(states[s.name] for s in self.states))[0]
+        """Run where the inputs are, showing `seen` the value of every call. Returns the result.
+
+        What calls read beside is shown as well, when one first reads it, and only then are tensors
+        fetched that are elsewhere, and fresh states (the default) made. Only the result is kept
+        for longer than calls to come read it.
+        """
+        given = {} if states is None else self._states(inputs, states)
+        return walk(self.nodes, self.result, self.leaves(inputs, given), seen)
+
+    def leaves(self, inputs: Sequence[torch.Tensor], states: States | None = None) -> Leaf:
+        """What gives the inputs, the states, fresh unless given, and the parameters, there."""
+        given = dict(zip(self.inputs, inputs, strict=True)) | (states or {})
+        specs = {spec.name: spec for spec in self.states}
+        device, room = inputs[0].device, self.tokens(inputs)
+
+        def leaf(node: fx.Node) -> torch.Tensor:
+            if node.op == "get_attr":
+                return fetch(self.param(node), device)
+            if node.name in given:
+                return given[node.name]
+            return specs[node.name].zeros(len(inputs[0]), device, room)
+
+        return leaf
 
     def _states(self, inputs: tuple[torch.Tensor, ...], states: States | None) -> States:
         if states is None:
@@ -284,30 +305,8 @@ class Graph:
         return length_of(inputs, [self.node(name).meta["val"] for name in self.inputs]) or 0
 
 
-class _Watcher(fx.Interpreter):
-    """Runs node by node where the inputs are, showing each value."""
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        seen: Callable[[fx.Node, Any], None] = lambda node, value: None,
-    ) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # errors say themselves where they come from
-        self.seen = seen
-        self.device: torch.device | None = None
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.device = args[0].device
-        return super().run(*args, **kwargs)
-
-    def fetch_attr(self, target: str) -> Any:
-        return fetch(super().fetch_attr(target), self.device)
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.seen(n, value)
-        return value
+def unseen(node: fx.Node, value: Any) -> None:
+    """Nobody watches."""
 
 
 def fetch(value: torch.Tensor, device: torch.device | None) -> torch.Tensor:
@@ -422,9 +421,15 @@ def check_finite(node: fx.Node, value: Any) -> None:
     """Raise NumericsError naming `node` where `value` holds NaN or infinity."""
     for tensor in value if isinstance(value, tuple | list) else (value,):
         floating = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if floating and not torch.isfinite(tensor).all():
+        if floating and not _is_finite(tensor):
             where = f"node '{node.name}'" if node.op != "get_attr" else f"tensor '{node.target}'"
             raise NumericsError(
                 f"{where} holds NaN or infinity",
                 hint="check the checkpoint and the calibration text",
             )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: then their sum is finite, unless it overflows."""
+    finite = torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
+    return bool(finite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 
 from ssmc.core.graph import Graph, check_finite, is_call
 from ssmc.core.pipeline import signal_to_noise
-from ssmc.core.state import fresh_states
+from ssmc.core.walk import Leaf
 
 EQUAL = 300.0  # dB: what is reported for equal values, whose ratio is infinite
 Inputs = tuple[torch.Tensor, ...]
@@ -26,31 +26,40 @@ def compare_values(g: Graph, reference: Graph, names: set[str], inputs: Inputs) 
 
     Raises NumericsError naming the first of them that holds NaN or infinity.
     """
-    expected: dict[str, torch.Tensor] = {}
-    found: dict[str, float] = {}
+    return _ratios(g, _values(reference, names, inputs), inputs)
+
+
+def _values(g: Graph, names: Container[str] | None, inputs: Inputs) -> dict[str, Any]:
+    """The values of calls (of those named), on the host, or in files where that is short, too."""
+    values: dict[str, Any] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node.name in names:
-            expected[node.name] = reference.keep(value)
+        if node.op == "call_function" and (names is None or node.name in names):
+            values[node.name] = fx.node.map_aggregate(
+                value, lambda v: g.keep(v.cpu()) if isinstance(v, torch.Tensor) else v
+            )
+
+    g.watch(keep, *inputs)
+    return values
+
+
+def _ratios(g: Graph, expected: Mapping[str, Any], inputs: Inputs) -> dict[str, float]:
+    """As `compare_values`, with the values expected."""
+    found: dict[str, float] = {}
 
     def compare(node: fx.Node, value: Any) -> None:
-        if node.name in expected:
-            check_finite(node, value)
-            ratio = signal_to_noise(value, expected[node.name])
+        if node.name in expected and _is_float(value) and _is_float(expected[node.name]):
+            check_finite(node, first_result(value))
+            ratio = signal_to_noise(first_result(value), first_result(expected[node.name]))
             found[node.name] = ratio if math.isfinite(ratio) else EQUAL
 
-    reference.watch(_tensors_only(keep), *inputs)
-    g.watch(_tensors_only(compare), *inputs)
+    g.watch(compare, *inputs)
     return found
 
 
-def _tensors_only(seen: Callable[[fx.Node, Any], None]) -> Callable[[fx.Node, Any], None]:
-    def first(node: fx.Node, value: Any) -> None:
-        value = first_result(value)
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            seen(node, value)
-
-    return first
+def _is_float(value: Any) -> bool:
+    first = first_result(value)
+    return isinstance(first, torch.Tensor) and first.is_floating_point()
 
 
 def block_numerics(g: Graph, reference: Graph, inputs: Inputs) -> list[dict[str, Any]]:
@@ -86,43 +95,26 @@ def operator_numerics(
     `own` is that of its output where its inputs are those of `reference`, rounded as in `g`: what
     quantising this operator adds. `output` is that with all errors that came before as well.
     """
-    exact: dict[str, Any] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        if node.op == "call_function":
-            exact[node.name] = _kept(reference, value)
-
-    reference.watch(keep, *inputs)
-    found = compare_values(g, reference, set(operators), inputs)
-    given = dict(zip(g.inputs, inputs, strict=True))
-    given |= fresh_states(g.states, len(inputs[0]), inputs[0].device)
+    exact = _values(reference, None, inputs)
+    found = _ratios(g, {name: exact[name] for name in operators}, inputs)
+    leaf = g.leaves(inputs)
     rows = []
     for name, address in operators.items():
-        alone = _alone(g, g.node(name), exact, given)
-        ratio = signal_to_noise(first_result(alone).cpu(), first_result(exact[name]))
+        alone = _alone(g.node(name), exact, leaf, inputs[0].device)
+        ratio = signal_to_noise(first_result(alone), first_result(exact[name]))
         own = ratio if math.isfinite(ratio) else EQUAL
         rows.append({"operator": address, "own": own, "output": found[name]})
     return sorted(rows, key=lambda row: row["own"])
 
 
-def _kept(g: Graph, value: Any) -> Any:
-    """A value of `g` in the host's memory, or in a file where that is short, too."""
-    return fx.node.map_aggregate(
-        value, lambda v: g.keep(v.cpu()) if isinstance(v, torch.Tensor) else v
-    )
-
-
-def _alone(g: Graph, node: fx.Node, exact: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """The value of a call of `g`, made of values that are exact where the reference has them."""
-    device = next(iter(given.values())).device
+def _alone(node: fx.Node, exact: Mapping[str, Any], leaf: Leaf, device: torch.device) -> Any:
+    """The value of a call, made of values that are exact where the reference has them."""
 
     def value(operand: fx.Node) -> Any:
-        if operand.op == "get_attr":
-            return g.param(operand)
-        if operand.op == "placeholder":
-            return given[operand.name]
+        if operand.op != "call_function":
+            return leaf(operand)
         if operand.name not in exact:
-            return _alone(g, operand, exact, given)
+            return _alone(operand, exact, leaf, device)
         return fx.node.map_aggregate(
             exact[operand.name], lambda v: v.to(device) if isinstance(v, torch.Tensor) else v
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ssmc.core.diff import Snapshot, difference
-from ssmc.core.graph import Graph, check_finite
+from ssmc.core.graph import Graph, check_finite, unseen
 from ssmc.core.journal import Log
 from ssmc.core.legality import check_graph, check_tensors
 from ssmc.core.passes import Context, Pass, find_pass, known_passes
@@ -27,6 +27,9 @@ from ssmc.errors import PassError, SsmcError
 
 OnStart = Callable[[Pass], None]
 OnPass = Callable[[Record, Graph], None]
+
+PIECE = 2**20
+"""Values that are compared at a time: a large result would take a multiple of it as float64."""
 
 
 def run_passes(
@@ -109,18 +112,18 @@ def run_pass(
     """
     record = Record(p.name, p.stage, p.options(), limit=p.exact_to)
     _analyse(g, p, context)
-    probed = p.stage != "analyse" and context.probe is not None
-    if probed and expected is None:
-        expected = _result(g, context)
+    probe = context.probe if p.stage != "analyse" else None
+    if probe is not None and expected is None:
+        expected = probed(g, probe)
     before = Snapshot.of(g)
     g.matched, g.skipped, g.notes = record.matched, record.skipped, record.notes
     start = time.perf_counter()
     apply_pass(g, p, context)
     record.seconds = time.perf_counter() - start
     record.diff = difference(before, Snapshot.of(g))
-    if probed and expected is not None:
+    if probe is not None and expected is not None:
         check_tensors(g, record.diff.params)
-        found = _result(g, context)
+        found = probed(g, probe)
         record.error = _parity(p, found, expected)
         expected = found
     if not (record.matched or record.skipped or record.diff):
@@ -154,12 +157,16 @@ def _invalidate(g: Graph, p: Pass) -> None:
             del g.facts[name]
 
 
-def _result(g: Graph, context: Context) -> torch.Tensor:
-    result, _ = g(*context.probe)  # type: ignore[misc]
+def probed(g: Graph, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The first result of `g` in float32, on the host, where it takes no memory from a pass.
+
+    Raises NumericsError naming the first value with NaN or infinity, if the result has any.
+    """
+    result = g.watch(unseen, *inputs)
     first = result[0] if isinstance(result, tuple) else result
     if not torch.isfinite(first).all():
-        g.watch(check_finite, *context.probe)  # type: ignore[misc]
-    return first.float()
+        g.watch(check_finite, *inputs)
+    return first.float().cpu()
 
 
 def _parity(p: Pass, found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -174,9 +181,17 @@ def _parity(p: Pass, found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """||value - reference|| / ||reference||, in float64."""
+    """||value - reference|| / ||reference||, in float64, where `value` is."""
+    parts = zip(value.reshape(-1).split(PIECE), reference.reshape(-1).split(PIECE), strict=True)
+    norms = torch.stack([_norms(x, y.to(x.device)) for x, y in parts])
+    error, size = norms.norm(dim=0)
+    return (error / size.clamp_min(1e-300)).item()
+
+
+def _norms(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """||value - reference|| and ||reference||."""
     reference = reference.double()
-    return ((value.double() - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+    return torch.stack([(value.double() - reference).norm(), reference.norm()])
 
 
 def signal_to_noise(value: torch.Tensor, reference: torch.Tensor) -> float:

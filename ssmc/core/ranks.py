@@ -44,9 +44,12 @@ class Ranks:
         return value
 
     def add_up(self, total: Tensor, terms: Sequence[Tensor]) -> Tensor:
-        """`total`, and the terms of all processes added to it in order, in place."""
+        """`total`, and the terms of all processes added to it in order, in place.
+
+        Those of the first, `number` 0, may be in it already. Terms may be on the host.
+        """
         for term in terms:
-            total += term
+            total += term.to(total.device, non_blocking=True)
         return total
 
     def is_first_to_tell(self) -> bool:
@@ -121,8 +124,15 @@ def find_ranks() -> Ranks:
 
 
 def join() -> Ranks:
-    """The processes that torchrun started, now connected: by gloo, and NCCL between GPUs."""
+    """The processes that torchrun started, now connected: by gloo, and NCCL between GPUs.
+
+    Each has its share of the host's processors, unless OMP_NUM_THREADS gives it several: torchrun
+    itself leaves it one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        if beside and torch.get_num_threads() == 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(

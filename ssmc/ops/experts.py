@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmc.errors import UsageError
+from ssmc.ops.linear import exact_product
 from ssmc.ops.registry import expect_shape, operator
 
 
@@ -50,7 +51,7 @@ def expert_linear(x: Tensor, weight: Tensor, index: Tensor, exact: bool = False)
     def product(rows: Tensor, expert: int) -> Tensor:
         if not exact:
             return F.linear(rows, weight[expert])
-        return (rows.double() @ weight[expert].double().T).float()
+        return exact_product(rows, weight[expert])
 
     return by_expert(product, index, len(weight), weight.shape[1], x)
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ssmc.ops.registry import expect_shape, operator
 
+PIECE = 2**20
+"""Values that are in float64 at a time, of a weight or of a product."""
+
 
 def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise UsageError, naming `op`, unless weight is [N, K] for x [..., K] and bias [N]."""
@@ -33,8 +36,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, exact: bool = 
     check_linear("linear", x, weight, bias)
     if not exact:
         return F.linear(x, weight, bias)
-    y = (x.double() @ weight.double().T).float()
+    y = exact_product(x, weight)
     return y if bias is None else y + bias
+
+
+def exact_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times the transpose of weight [N, K]: summed in float64, rounded to float32.
+
+    Some rows of the weight at a time: what is of float64 would take more than all else.
+    """
+    x = x.double()
+    rows = max(1, PIECE // max(x.numel() // x.shape[-1], x.shape[-1]))
+    if len(weight) <= rows:
+        return (x @ weight.double().T).float()
+    y = x.new_empty((*x.shape[:-1], len(weight)), dtype=torch.float32)
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        y[..., part] = x @ weight[part].double().T
+    return y
 
 
 @operator(lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[1])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,18 +72,23 @@ def ssd_scan(
     _check(x, dt, A, B, C, state)
     dt = step_size(dt, dt_bias, softplus=True).clamp(dt_min, dt_max)
     h = initial_state(x, B) if state is None else state
-    scanned = along(reverse, x * dt.unsqueeze(-1), dt * A, B, C)
-    outputs = []
-    for part in zip(*(tensor.split(CHUNK, dim=1) for tensor in scanned), strict=True):
-        y, h = _chunk(h, *part)
-        outputs.append(y)
-    (y,) = along(reverse, torch.cat(outputs, dim=1))
-    return y if D is None else y + D.unsqueeze(-1) * x, h
+    y, h = _chunks(h, along(reverse, x * dt.unsqueeze(-1), dt * A, B, C))
+    (y,) = along(reverse, y)
+    return y if D is None else (D.unsqueeze(-1) * x).add_(y), h
 
 
 def initial_state(x: Tensor, B: Tensor) -> Tensor:
     """Zeros [B, H, P, N] for x [B, L, H, P] and B [B, L, G, N]."""
     return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+
+
+def _chunks(h: Tensor, sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All chunks, one after the other, of the operands of `_chunk`; y, and the last state."""
+    outputs = []
+    for part in zip(*(x.split(CHUNK, dim=1) for x in sequences), strict=True):
+        y, h = _chunk(h, *part)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), h
 
 
 def _chunk(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +13,19 @@ from ssmc.core import Context, Graph
 from ssmc.core.dialect import operands, target_name
 from ssmc.core.graph import fetch
 from ssmc.core.saved import Saved
-from ssmc.core.state import States, fresh_states
+from ssmc.core.state import StateSpec
 
 Values = dict[fx.Node, Any]
 Seen = Callable[[fx.Node, Any], None]
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """The state of so many fresh sequences, to be made when it is read."""
+
+    spec: StateSpec
+    batch: int
+    room: int
 
 
 class StagedRun:
@@ -25,7 +34,8 @@ class StagedRun:
     Every call before the last of them runs once for each batch, with the parameters as they are
     when it is its turn, and `seen` is shown its value. Parameters are read once for all batches,
     and of a batch's values those stay that calls to come read: at the input of a block that is
-    little more than the residual stream.
+    little more than the residual stream. They wait on the host, so that the memory of a GPU need
+    hold those of one batch only, however many there are.
     """
 
     def __init__(
@@ -41,7 +51,7 @@ class StagedRun:
         self.last_reader = {n: user for user in (*self.order, *stops[-1:]) for n in _read(user)}
         self.done = 0
         self.values: list[Values] | None = None
-        self.fetched: dict[fx.Node, Tensor] = {}  # what one stage has read of the parameters
+        self.fetched: dict[Any, Tensor] = {}  # parameters and fresh states that one stage has read
 
     def stages(self) -> Iterator[tuple[fx.Node, Iterator[Values]]]:
         """Each stop, with the values in front of it in every batch, to be read to the end."""
@@ -53,7 +63,7 @@ class StagedRun:
             calls = self.order[self._place(number - 1) : self._place(number)]
             self.done = number + 1
             self.fetched.clear()
-            yield stop, (self._advance(values, calls) for values in self.values)
+            yield stop, self._batches(self.values, calls)
         self.context.progress(len(self.stops), len(self.stops))
 
     def inputs(self) -> Iterator[tuple[fx.Node, Iterator[Any]]]:
@@ -71,6 +81,8 @@ class StagedRun:
 
     def save(self, prefix: str = "") -> Saved:
         """How far it is, between two stages, and the values there."""
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)  # the last are on their way to the host
         tensors: dict[str, Tensor] = {}
         batches = [
             {
@@ -89,13 +101,7 @@ class StagedRun:
         self.done, self.values = saved.about[f"{prefix}done"], self._fresh()
         for values, found in zip(self.values, saved.about[f"{prefix}values"], strict=True):
             there = _decode(found, saved.tensors)
-            values |= {
-                self.g.node(name): fx.node.map_aggregate(value, self._back)
-                for name, value in there.items()
-            }
-
-    def _back(self, value: Any) -> Any:
-        return self._keep(value.to(self.context.device)) if isinstance(value, Tensor) else value
+            values |= {self.g.node(name): self._kept(value) for name, value in there.items()}
 
     # -- running ------------------------------------------------------------------------------
 
@@ -107,42 +113,66 @@ class StagedRun:
         return self.order.index(stop) if stop in self.order else len(self.order)
 
     def _fresh(self) -> list[Values]:
-        fresh = functools.cache(functools.partial(fresh_states, self.g.states))
-        return [
-            self._start(batch, fresh(len(batch[0]), self.context.device, self.g.tokens(batch)))
-            for batch in self.context.own()
-        ]
+        return [self._start(batch) for batch in self.context.own()]
 
-    def _start(self, batch: tuple[Any, ...], states: States) -> Values:
+    def _start(self, batch: tuple[Any, ...]) -> Values:
         placeholders = [n for n in self.g.nodes if n.op == "placeholder"]
-        values = dict(zip(placeholders, (*batch, *states.values()), strict=True))
-        for node, value in values.items():
+        room = self.g.tokens(batch)
+        states = [_Fresh(spec, len(batch[0]), room) for spec in self.g.states]
+        values = dict(zip(placeholders, (*batch, *states), strict=True))
+        for node, value in list(values.items())[: len(batch)]:
             self.seen(node, value)
         return {node: value for node, value in values.items() if node in self.last_reader}
 
-    def _advance(self, values: Values, calls: Sequence[fx.Node]) -> Values:
-        before = set(values)
+    def _batches(self, all_values: list[Values], calls: Sequence[fx.Node]) -> Iterator[Values]:
+        """The values of each batch behind `calls`, which are kept when the next is asked for."""
+        for number, kept in enumerate(all_values):
+            values = dict(kept)
+            self._advance(values, calls)
+            yield values
+            all_values[number] = {
+                node: kept[node] if node in kept else self._kept(value)
+                for node, value in values.items()
+            }
+
+    def _advance(self, values: Values, calls: Sequence[fx.Node]) -> None:
         for node in calls:
             values[node] = self._value(values, node)
             self.seen(node, values[node])
             for operand in (*_read(node), node):
                 if self.last_reader.get(operand, node) is node:
                     values.pop(operand, None)
-        for node in values.keys() - before:
-            if isinstance(values[node], Tensor):
-                values[node] = self._keep(values[node])
-        return values
 
-    def _keep(self, value: Tensor) -> Tensor:
-        """`value` until the next stage, lying as it does now."""
-        if self.g.store is None or value.device.type != "cpu":
-            return value
-        order, plain = dense(value)
-        return undense(order, self.g.keep(plain))
+    def _kept(self, value: Any) -> Any:
+        """A value until the next stage, on the host or in a file there, lying as it does now."""
+
+        def keep(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            if self.g.store is None:
+                return part.to("cpu", non_blocking=True)  # into pages that a GPU can write
+            order, plain = dense(part)
+            return undense(order, self.g.keep(plain))
+
+        return fx.node.map_aggregate(value, keep)
+
+    def _there(self, node: fx.Node, value: Any) -> Any:
+        """A value where the batches are, from where it was kept."""
+        device = self.context.device
+        if not isinstance(value, _Fresh):
+            return fx.node.map_aggregate(
+                value, lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            )
+        key = node, value
+        if key not in self.fetched:
+            self.fetched[key] = value.spec.zeros(value.batch, device, value.room)
+        self.seen(node, self.fetched[key])
+        return self.fetched[key]
 
     def _value(self, values: Values, node: fx.Node) -> Any:
         """A value that is there, a parameter, or the result of a call of such."""
         if node in values:
+            values[node] = self._there(node, values[node])
             return values[node]
         if node.op == "get_attr":
             return self._param(node)

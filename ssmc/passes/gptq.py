@@ -131,13 +131,15 @@ class Gptq(Pass):
         self, weight: Tensor, batches: Iterator[Tensor], expected: Iterator[Tensor], ranks: Ranks
     ) -> Part:
         """The weight that makes up for errors before it, to be rounded in place of `weight`."""
-        hessian = Hessian(weight.shape[1], weight.device, later=ranks.count > 1)
+        hessian = Hessian(weight.shape[1], weight.device, later=ranks.number > 0)
         outputs, terms = torch.zeros_like(weight, dtype=torch.float64), []
         for x, y in zip(batches, expected, strict=True):
             hessian.add(x)
-            terms.append(y.flatten(0, -2).T @ x.flatten(0, -2))
-            if not hessian.later:
-                outputs += terms.pop()
+            term = y.flatten(0, -2).T @ x.flatten(0, -2)
+            if hessian.later:
+                terms.append(term.to("cpu", non_blocking=True))
+            else:
+                outputs += term
         _settle(hessian, ranks)
         ranks.add_up(outputs, terms)
         return weight, corrected(weight, hessian, outputs, self.damping), hessian
@@ -252,7 +254,7 @@ def _parts(weight: Tensor, batches: Iterator[Any], ranks: Ranks) -> list[Part]:
     """A weight with its inputs; of stacked experts each, with those of the tokens that chose it."""
     *experts, _, width = weight.shape
     count = experts[0] if experts else 1
-    hessians = [Hessian(width, weight.device, later=ranks.count > 1) for _ in range(count)]
+    hessians = [Hessian(width, weight.device, later=ranks.number > 0) for _ in range(count)]
     for given in batches:
         if not experts:
             hessians[0].add(given)

@@ -52,13 +52,13 @@ def quantize_tensor(x: Tensor, scale: Tensor, bits: int = 8, lowest: int | None 
     multiplied, as kernels do it. The range is symmetric, unless `lowest` is given.
     """
     limit = qmax(bits)
-    whole = torch.round(x * scale.reciprocal())
-    return whole.clamp(-limit if lowest is None else lowest, limit).to(torch.int8)
+    whole = (x * scale.reciprocal()).round_()
+    return whole.clamp_(-limit if lowest is None else lowest, limit).to(torch.int8)
 
 
 def dequantize_tensor(q: Tensor, scale: Tensor) -> Tensor:
     """Return q * scale as float32; scale broadcasts. Exact for scales made by `scale_for`."""
-    return q.float() * scale
+    return q * scale.float()
 
 
 def quantize_weight(

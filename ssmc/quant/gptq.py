@@ -19,7 +19,7 @@ class Hessian:
     """X X' over the inputs of a linear layer, [K, K] float64: the Hessian of its squared error.
 
     That has a factor of two (section 3), which changes nothing. `later` leaves what batches add in
-    `terms`, for who is to add them up in an order of his own.
+    `terms`, on the host, for who is to add them up in an order of his own.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu", later: bool = False) -> None:
@@ -32,7 +32,7 @@ class Hessian:
         """Take in inputs [..., K]; sums of a batch are float32."""
         x = x.reshape(-1, x.shape[-1]).float()
         if self.later:
-            self.terms.append(x.T @ x)
+            self.terms.append((x.T @ x).to("cpu", non_blocking=True))
         else:
             self.matrix += x.T @ x
         self._factors.clear()

@@ -90,7 +90,7 @@ class Absmax(Observer):
     _largest: Tensor | None = None
 
     def _update(self, x: Tensor) -> None:
-        self._raise_to(x.abs().amax(0))
+        self._raise_to(x.amax(0).maximum(-x.amin(0)).abs())
 
     def _join(self, other: Absmax) -> None:
         if other._largest is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -216,8 +217,36 @@ def test_watch_shows_every_value_and_gives_the_result() -> None:
     seen: dict[str, Any] = {}
     result = g.watch(lambda node, value: seen.update({node.name: value}), X)
     assert torch.equal(result, g(X)[0])
-    assert list(seen) == [n.name for n in g.nodes]
+    assert list(seen) == [n.name for n in g.nodes if n.op != "output"]
     assert torch.equal(seen[g.result.name], result)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_watch_keeps_what_is_still_read(kind: str) -> None:
+    g = graph(kind)
+    probe = context().probe or ()
+    calls = [n for n in g.nodes if n.op == "call_function"]
+    values: dict[fx.Node, weakref.ref[torch.Tensor]] = {}
+
+    def seen(node: fx.Node, value: Any) -> None:
+        for part in value if isinstance(value, list | tuple) else [value]:
+            values[node] = weakref.ref(part)  # the last of several
+        if node.op == "call_function":
+            to_come = set(calls[calls.index(node) + 1 :])
+            read = {n for n in values if n is node or to_come & n.users.keys()}
+            assert _memory(values, set(values) - inputs) <= _memory(values, read | inputs)
+
+    inputs = {g.node(name) for name in g.inputs}
+    assert torch.equal(g.watch(seen, *probe), g(*probe)[0])
+    assert {n.name for n in values if n.op == "placeholder"} == {
+        *g.inputs, *(spec.name for spec in g.states)
+    }  # fmt: skip
+
+
+def _memory(values: dict[fx.Node, weakref.ref[torch.Tensor]], nodes: set[fx.Node]) -> set[int]:
+    """Where the values of nodes lie that are there still, but for parameters."""
+    alive = (values[node]() for node in nodes if node.op != "get_attr")
+    return {value.untyped_storage().data_ptr() for value in alive if value is not None}
 
 
 def test_states_are_taken_and_given() -> None:

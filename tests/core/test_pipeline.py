@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ssmc import ops
-from ssmc.core import Context, Graph, Pass, Record, make_plan, run_passes
+from ssmc.core import Context, Graph, Pass, Record, diff, make_plan, pipeline, run_passes
+from ssmc.core.diff import Snapshot, param_stats, tensor_hash
+from ssmc.core.legality import check_tensors
 from ssmc.core.options import parse_passes
 from ssmc.core.pipeline import relative_error, signal_to_noise
 from ssmc.errors import NumericsError, PassError, UnsupportedError, UsageError
@@ -288,6 +291,43 @@ def test_diff_of_nodes_and_parameters() -> None:
     assert (before.shape, before.dtype) == ([6, 10], "float32")
     assert before.sha256 != after.sha256
     assert "up.weight" not in diff.params
+
+
+def test_statistics_do_not_depend_on_threads_and_are_computed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    value, other = torch.randn(3, 2**17 + 5), torch.randn(7)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(param_stats(value))
+    torch.set_num_threads(1)
+    assert found[0] == found[1]
+    hashed = []
+    monkeypatch.setattr(diff, "tensor_hash", lambda x: hashed.append(x) or tensor_hash(x))
+    snapshots = [Snapshot({}, {"a": x}) for x in (value, other, value)]
+    changes = [diff.difference(*pair).params["a"] for pair in itertools.pairwise(snapshots)]
+    assert [stats and stats.sha256 for stats in (*changes[0], *changes[1])] == [
+        tensor_hash(x) for x in (value, other, other, value)
+    ]
+    assert changes[0][0] == found[0]
+    assert len(hashed) == 2
+
+
+def test_errors_of_large_values_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = torch.randn(3, 1000)
+    value = reference + 1e-3 * torch.randn(3, 1000)
+    expected = (value.double() - reference.double()).norm() / reference.double().norm()
+    assert relative_error(value, reference) == expected.item()
+    monkeypatch.setattr(pipeline, "PIECE", 7)
+    assert relative_error(value, reference) == pytest.approx(expected.item(), rel=1e-12)
+    assert relative_error(reference, reference) == 0
+
+
+def test_large_values_are_finite_though_their_sum_overflows() -> None:
+    module, _ = toy()
+    module.up.weight.data[:2] = torch.finfo(torch.float32).max
+    check_tensors(trace(module, torch.zeros(2, 5, 6)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from ssmc.ops import embedding, linear
 from ssmc.quant.formats import dequantize_tensor, quantize_weight
 
 from .closeness import relative_error
+
+linear_module = importlib.import_module("ssmc.ops.linear")  # whose name the operator has
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -27,6 +31,16 @@ def test_exact_does_not_depend_on_the_order_of_summation() -> None:
     order = torch.randperm(width)
     shuffled = [row[:, order] for row in rows]
     assert torch.equal(linear(*rows, exact=True), linear(*shuffled, exact=True))
+
+
+@pytest.mark.parametrize("shape", [(31,), (5, 31), (2, 5, 31)])
+def test_exact_in_pieces_is_the_whole(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias = torch.randn(shape), torch.randn(29, 31), torch.randn(29)
+    whole = linear(x, weight, bias, exact=True)
+    monkeypatch.setattr(linear_module, "PIECE", 100)  # three rows of the weight
+    assert torch.equal(linear(x, weight, bias, exact=True), whole)
 
 
 def test_embedding_picks_rows() -> None:
