@@ -54,7 +54,7 @@ class Comparison:
 
 
 def verify(model: CompiledModel, *inputs: Tensor) -> list[Comparison]:
-    """Compare every value that the lowered graphs compute anew with its simulation.
+    """Compare every value that the lowered graphs, or kernels, compute anew with its simulation.
 
     Each lowered call gets the simulated operands, so that one that differs is named alone. Of
     inputs [batch, length, ...] a model with states runs the first half from fresh states, the
@@ -124,8 +124,11 @@ class _Checker(fx.Interpreter):
         return tuple(alike) if isinstance(value, tuple | list) else alike[0]
 
     def _is_new(self, n: fx.Node) -> bool:
-        """Whether `n` is what lowering computes anew; of a result, not also what is taken of it."""
-        if n.name in self.fused or self._operator(n) in QUANTIZE:
+        """Whether `n` is what lowering computes anew, or a kernel computes in its own way.
+
+        Of a result, not also what is taken of it.
+        """
+        if n.name in self.fused or n.target in self.names or self._operator(n) in QUANTIZE:
             return True
         call = n
         while is_call(call, *VIEWS):

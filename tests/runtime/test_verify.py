@@ -17,6 +17,7 @@ from ssmc.core.dialect import target_name
 from ssmc.lowering import BACKENDS, Backend, Form, Tolerance
 from ssmc.lowering.backends import plain
 from ssmc.lowering.backends.reference import REFERENCE
+from ssmc.ops import rms_norm
 from ssmc.runtime import CompiledModel
 from ssmc.runtime.verify import QUANTIZE, Comparison, verify
 
@@ -124,6 +125,19 @@ def test_a_wrong_product_is_named_alone(on: Callable[..., CompiledModel]) -> Non
     linears = [n.name for n in model.graph.calls("ssmc::linear")]
     assert [(c.node, c.operator) for c in different] == [(linears[1], "ssmc::int8_linear")]
     assert 0 < different[0].error < 1e-2
+
+
+def test_kernels_of_operators_that_stay_in_float_are_compared(
+    on: Callable[..., CompiledModel],
+) -> None:
+    def wrong(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-5) -> Any:
+        return rms_norm(x, weight, eps) * (1 + 1e-5)
+
+    model = on(with_kernel("ssmc::rms_norm", wrong))
+    norms = [n.name for n in model.graph.calls("ssmc::rms_norm")]
+    different = [c for c in verify(model, tokens(2, 1)) if not c.agrees]
+    assert [c.node for c in different] == norms
+    assert {c.operator for c in different} == {"ssmc::rms_norm"}
 
 
 @pytest.mark.parametrize("part", ["output", "new state"])
