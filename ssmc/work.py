@@ -52,8 +52,10 @@ class Work:
         keep = False
         try:
             yield journal
-        except RankError:
+        except RankError as error:
             keep = journal.published
+            if keep:
+                error.hint = "run the same command with --resume: what is done is kept"
             raise
         except SsmcError:
             raise

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import write_model
+from processes import COMMAND, ended, start
+from tiny import EOS, TEXT, write_model
 
 import ssmc
+from ssmc.cli.target import Target, open_target
 from ssmc.core.journal import MANIFEST
 from ssmc.core.ranks import Ranks
 from ssmc.core.saved import Saved
-from ssmc.evaluate import perplexity
+from ssmc.corpus import read_texts
+from ssmc.evaluate import LastWord, last_word, perplexity
 
 COUNT = 2
 ARCHITECTURES = ("mamba", "jamba")
@@ -28,22 +27,6 @@ PASSES = "hadamard,smooth,percentile{p=0.99},gptq{asymmetric=true,sweeps=1}"
 def files(folder: Path) -> dict[str, bytes]:
     """What an artefact consists of."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def start(count: int, script: str, *args: str, **more: Any) -> list[subprocess.Popen[str]]:
-    """Processes as torchrun starts them, each with the script."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *args],
-            env={**os.environ, **world, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
 
 
 SHARED = """
@@ -72,13 +55,7 @@ def test_they_make_what_one_makes(tmp_path: Path) -> None:
     models = [str(write_model(tmp_path / name, name)) for name in ARCHITECTURES]
     options = {"samples": 7, "length": 24, "passes": PASSES, "scheme": "w4a16"}
     given = json.dumps({"models": models, "options": options})
-    alone = start(1, SHARED, given)
-    together = start(COUNT, SHARED, given)
-    said = []
-    for process in (*alone, *together):
-        out, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-        said.append(json.loads(out))
+    said = ended([*start(1, SHARED, given), *start(COUNT, SHARED, given)])
     assert all(found == said[0] for found in said)
     for folder in models:
         whole = files(Path(f"{folder}-0-of-1"))
@@ -141,19 +118,75 @@ def test_a_process_that_dies_ends_the_run_with_one_message_and_leaves_progress(
     assert not out.exists()
     assert (tmp_path / "out.progress" / MANIFEST).exists()
 
-    processes = start(2, DYING, "1000", *command, "-o", str(out), "--resume")
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    ended(start(2, DYING, "1000", *command, "-o", str(out), "--resume"))
     assert not (tmp_path / "out.progress").exists()
     given = {"samples": 12, "length": 16, "passes": "hadamard,percentile,gptq"}
     ssmc.compile(str(model), calibration=model / "text.txt", **given).save(tmp_path / "alone")
     assert files(out) == files(tmp_path / "alone")
 
 
+@pytest.fixture(scope="module")
+def target(tiny_folder: Path) -> Target:
+    return open_target(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def passages(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of many lengths; every third ends with the word that the model says."""
+    words, lines = TEXT.split(), []
+    for i in range(37):
+        before = words[i : i + 3 + i * i % 41]
+        ids = [EOS, *(int(word[1:]) for word in before)]
+        said = int(target.run(torch.tensor([ids]))[0][0, -1].argmax())
+        text = " ".join([*before, f"w{said if i % 3 == 0 else said + 1}"])
+        lines.append(json.dumps({"text": text}))
+    file = tmp_path_factory.mktemp("passages") / "passages.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def asked(folder: str, passages: Path) -> list[str]:
+    text = ["--text", f"{folder}/text.txt", "--window", "20", "--limit", "3"]
+    return ["eval", folder, *text, "--last-word", str(passages), "--json"]
+
+
+def test_last_words_are_those_of_one_process_and_said_once(target: Target, passages: Path) -> None:
+    first, second = ended(start(2, COMMAND, *asked(target.name, passages)))
+    assert json.loads(first)["last_word"] == {"accuracy": 13 / 37, "passages": 37}
+    assert second == ""
+    tokenizer, eos = target.encoder()
+    assert last_word(target.run, tokenizer, read_texts(passages), eos) == LastWord(13 / 37, 37)
+
+
+FAILING = """
+import importlib, os
+from ssmc.errors import UsageError
+
+module = importlib.import_module("ssmc.evaluate.last_word")
+
+def fail(*_):
+    raise UsageError("cannot be read", hint="mend it")
+
+if os.environ["RANK"] == "1":
+    module._count_right = fail
+from ssmc.cli.main import main
+main()
+"""
+
+
+def test_one_that_fails_ends_all_with_its_message(target: Target, passages: Path) -> None:
+    processes = start(2, FAILING, *asked(target.name, passages))
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [1, 2]
+    assert [out for out, _ in told] == ["", ""]
+    assert "error" not in told[0][1]
+    assert told[1][1] == "error: cannot be read\n  mend it\n"
+
+
 def test_alone_everything_is_ones_own() -> None:
     ranks = Ranks()
     assert list(ranks.own(range(5))) == [0, 1, 2, 3, 4]
+    assert list(ranks.deal(range(5))) == [0, 1, 2, 3, 4]
     part = Saved({"a": 1}, {"t": torch.ones(2)})
     assert ranks.gather(part) == [part]
     assert ranks.agree(False) is False
@@ -161,14 +194,19 @@ def test_alone_everything_is_ones_own() -> None:
 
 
 @pytest.mark.parametrize(("items", "count"), [(7, 3), (2, 5), (0, 2), (64, 8)])
-def test_each_takes_neighbours_and_all_take_everything(items: int, count: int) -> None:
-    parts = []
+def test_each_takes_neighbours_or_is_dealt_to_and_all_take_everything(
+    items: int, count: int
+) -> None:
+    parts, hands = [], []
     for number in range(count):
         ranks = Ranks()
         ranks.number, ranks.count = number, count
         parts.append(list(ranks.own(range(items))))
+        hands.append(list(ranks.deal(range(items))))
     assert [item for part in parts for item in part] == list(range(items))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert sorted(item for hand in hands for item in hand) == list(range(items))
+    for found in (parts, hands):
+        assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def test_perplexity_alone_is_as_ever() -> None:

@@ -13,6 +13,7 @@ from ssmc.cli import completion, output
 
 if TYPE_CHECKING:
     from ssmc.cli.target import Target
+    from ssmc.core.ranks import Ranks
     from ssmc.evaluate import LastWord
 
 OVERLAP = 0.01  # from here on a text is no longer one that calibration has not seen
@@ -86,24 +87,18 @@ def run(
     from ssmc.cli import tasks as scores
     from ssmc.cli.target import check_choice, choose_execution, open_target
     from ssmc.demo import evaluation_file
-    from ssmc.errors import UsageError
 
-    check_choice("mode", mode, ("prefill", "recurrent"))
-    of_text = bool(text or last_word or passages) or by_length or mode != "prefill"
-    of_tasks = bool(include or baseline) or num_fewshot is not None
-    scores.check_options(tasks, of_tasks, of_text)
-    asked = scores.find(tasks, include or ()) if tasks is not None else None
     with output.of_first_rank() as ranks:
-        if ranks.count > 1 and (asked is not None or last_word is not None):
-            raise UsageError(
-                "several processes share the windows of perplexity, not tasks or last words",
-                hint="run these without torchrun",
-            )
+        check_choice("mode", mode, ("prefill", "recurrent"))
+        of_text = bool(text or last_word or passages) or by_length or mode != "prefill"
+        of_tasks = bool(include or baseline) or num_fewshot is not None
+        scores.check_options(tasks, of_tasks, of_text)
+        asked = scores.find(tasks, include or ()) if tasks is not None else None
         opened = open_target(target, backend, device)
         choose_execution(opened, execution)
         if asked is not None:
-            other = scores.find_baseline(opened, baseline, device)
-            found = scores.score_tasks(opened, other, asked, limit, batch, num_fewshot)
+            other = scores.find_baseline(opened, baseline, device, ranks)
+            found = scores.score_tasks(opened, other, asked, limit, batch, num_fewshot, ranks)
             return output.say_json(found) if as_json else scores.show(found)
         windows = opened.windows(text or evaluation_file(), window, limit)
         start = time.perf_counter()
@@ -111,7 +106,9 @@ def run(
             size = batch or (8 if mode == "prefill" else 64)
             result = evaluate.perplexity(opened.run, windows, mode, size, report, ranks)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
-        said = None if last_word is None else _last_words(target, opened, last_word, passages)
+        said = (
+            None if last_word is None else _last_words(target, opened, last_word, passages, ranks)
+        )
         overlap = opened.overlap(windows)
         if as_json:
             about = {
@@ -136,14 +133,16 @@ def run(
             _say_overlap(overlap)
 
 
-def _last_words(target: str, opened: Target, file: Path, limit: int | None) -> LastWord:
+def _last_words(
+    target: str, opened: Target, file: Path, limit: int | None, ranks: Ranks
+) -> LastWord:
     """How many of the first `limit` passages in a file the model continues by their last word."""
     from ssmc.corpus import read_texts
     from ssmc.evaluate import last_word
 
     texts, (tokenizer, eos) = read_texts(file)[:limit], opened.encoder()
     with output.progress(f"last words {target}") as report:
-        return last_word(opened.run, tokenizer, texts, eos, progress=report)
+        return last_word(opened.run, tokenizer, texts, eos, progress=report, ranks=ranks)
 
 
 def _say_overlap(share: float) -> None:

@@ -15,6 +15,7 @@ from ssmc.cli import output
 
 if TYPE_CHECKING:
     from ssmc.cli.target import Target
+    from ssmc.core.ranks import Ranks
     from ssmc.evaluate.scores import Score, Tasks
 
 NONE = "none"
@@ -62,11 +63,13 @@ def score_tasks(
     limit: int | None,
     batch: int | None,
     fewshot: int | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """What `ssmc eval --tasks --json` writes."""
     start = time.perf_counter()
-    theirs = _score(baseline, tasks, limit, batch, fewshot) if baseline is not None else []
-    ours = _score(target, tasks, limit, batch, fewshot)
+    given = (tasks, limit, batch, fewshot, ranks)
+    theirs = _score(baseline, *given) if baseline is not None else []
+    ours = _score(target, *given)
     others = {(s.task, s.metric): s for s in theirs}
     return {
         "target": target.name,
@@ -79,14 +82,19 @@ def score_tasks(
 
 
 def _score(
-    target: Target, tasks: Tasks, limit: int | None, batch: int | None, fewshot: int | None
+    target: Target,
+    tasks: Tasks,
+    limit: int | None,
+    batch: int | None,
+    fewshot: int | None,
+    ranks: Ranks | None,
 ) -> list[Score]:
     from ssmc.evaluate.harness import HarnessModel
     from ssmc.evaluate.scores import score
 
     tokenizer, eos = target.encoder()
     model = HarnessModel(
-        target.run, tokenizer, eos, target.device, batch=batch,
+        target.run, tokenizer, eos, target.device, batch=batch, ranks=ranks,
         progress=lambda label: output.progress(f"{label} {target.name}"),
     )  # fmt: skip
     return score(model, tasks, limit, fewshot)
@@ -111,12 +119,13 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def find_baseline(target: Target, name: str | None, device: str) -> Target | None:
+def find_baseline(target: Target, name: str | None, device: str, ranks: Ranks) -> Target | None:
     """The model to compare with: the one named, or what an artefact was made from, if it is here.
 
-    `none` is none. A note says where the second is not to be had.
+    `none` is none. A note says where the second is not to be had, by one of `ranks` at least.
     """
     from ssmc.cli.target import open_model, open_target
+    from ssmc.core.saved import Saved
     from ssmc.errors import SsmcError
 
     if name is not None:
@@ -124,12 +133,13 @@ def find_baseline(target: Target, name: str | None, device: str) -> Target | Non
     source = target.compiled.about["source"] if target.compiled is not None else {"kind": "module"}
     if source["kind"] == "module":
         return None
-    missing = f"{source['name']}, which it was made from, is not here: --baseline MODEL compares"
+    found = None
     with contextlib.suppress(SsmcError):
         model = open_model(source["name"], device)
-        if model.fingerprint == source["fingerprint"]:
-            return model
-    output.note(missing)
+        found = model if model.fingerprint == source["fingerprint"] else None
+    if all(part.about["found"] for part in ranks.gather(Saved({"found": found is not None}))):
+        return found
+    output.note(f"{source['name']}, which it was made from, is not here: --baseline MODEL compares")
     return None
 
 

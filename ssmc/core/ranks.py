@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from ssmc.errors import RankError
 
 T = TypeVar("T")
 _TOLD = "ssmc-told"
+_ABOUT = "."  # no name of a tensor
+_PATIENCE = timedelta(days=1)  # who has less to do waits for the others
 
 
 class Ranks:
@@ -34,6 +37,10 @@ class Ranks:
         """This process's part of what all share: neighbours, as many as others have."""
         first, end = (len(items) * n // self.count for n in (self.number, self.number + 1))
         return items[first:end]
+
+    def deal(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part, dealt like cards: of sorted items, large and small ones alike."""
+        return items[self.number :: self.count]
 
     def gather(self, part: Saved) -> list[Saved]:
         """What each process gives, in their order, on the host."""
@@ -68,8 +75,8 @@ class Group(Ranks):
 
     def gather(self, part: Saved) -> list[Saved]:
         """What each process gives: as bytes, since shapes differ."""
-        raw = save(apart(part.tensors), {"about": json.dumps(part.about)})
-        data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        about = _bytes(json.dumps(part.about).encode())
+        data = _bytes(save(apart(part.tensors) | {_ABOUT: about}))
         with _told():
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
             dist.all_gather(sizes, torch.tensor([len(data)]))
@@ -104,10 +111,13 @@ class Group(Ranks):
             return True
 
 
+def _bytes(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
 def _parsed(raw: Tensor) -> Saved:
-    data = raw.numpy().tobytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return Saved(json.loads(header["__metadata__"]["about"]), load(data))
+    tensors = load(raw.numpy().tobytes())
+    return Saved(json.loads(tensors.pop(_ABOUT).numpy().tobytes()), tensors)
 
 
 @contextlib.contextmanager
@@ -139,7 +149,7 @@ def join() -> Ranks:
                 int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
             )
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_PATIENCE)
         signal.signal(signal.SIGTERM, _end)  # which torchrun sends when one process has ended
     return find_ranks()
 
@@ -157,5 +167,5 @@ def _end(*_: object) -> None:
 def _ended() -> RankError:
     return RankError(
         "another process of this run has ended",
-        hint="run the same command with --resume: what is done is kept",
+        hint="the report of torchrun says which, and how",
     )

@@ -6,7 +6,8 @@ Importing this module needs lm-eval (the extra `eval`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ssmc.errors import UsageError
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
+from ssmc.errors import RankError, UsageError
 from ssmc.runtime.generate import Model, stream
 from ssmc.runtime.sampling import Sampling
 
@@ -76,7 +79,8 @@ class HarnessModel(TemplateLM):
     most `longest` tokens, so that the scores of the two compare. Requests run longest first,
     `batch` at a time (None: as many as have TOKENS tokens together), filled up behind, where
     nothing is scored: what comes later changes nothing in a recurrent model. `device` is where
-    tokens are put.
+    tokens are put. `ranks` are processes that have the same requests and share their batches;
+    lm-eval knows nothing of them, and each has all results.
     """
 
     def __init__(
@@ -89,9 +93,10 @@ class HarnessModel(TemplateLM):
         batch: int | None = None,
         longest: int = LONGEST,
         progress: Progress = _silent,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.ranks = model, ranks or Ranks()
         self.language = Language.of(tokenizer, eos)
         self.batch, self.longest, self.progress = batch, longest, progress
         self._device = device
@@ -138,19 +143,21 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Score]:
         """Scores in the order of the requests; equal inputs run once."""
+        inputs = [self._input(request) for request in requests]
         wanted: dict[tuple[int, ...], list[int]] = {}
-        for i, request in enumerate(requests):
-            wanted.setdefault(self._input(request), []).append(i)
-        scores: dict[int, Score] = {}
-        with self.progress("scoring") as report:
-            for rows in self._batches(sorted(wanted, key=len, reverse=True)):
-                report(len(scores), len(requests))
-                logits = self._logits(rows)
-                for row, line in zip(rows, logits, strict=True):
-                    for i in wanted[row]:
-                        scores[i] = _score(line[: len(row)], requests[i][2])
-            report(len(scores), len(requests))
-        return [scores[i] for i in range(len(requests))]
+        for i, row in enumerate(inputs):
+            wanted.setdefault(row, []).append(i)
+        batches = self._batches(sorted(wanted, key=len, reverse=True))
+
+        def run(job: Sequence[int]) -> Iterator[Score]:
+            rows = list(dict.fromkeys(inputs[i] for i in job))
+            logits = dict(zip(rows, self._logits(rows), strict=True))
+            for i in job:
+                yield _score(logits[inputs[i]][: len(inputs[i])], requests[i][2])
+
+        jobs = [[i for row in rows for i in wanted[row]] for rows in batches]
+        scores = self._share("scoring", requests, jobs, run)
+        return [(value, greedy) for value, greedy in scores]
 
     def _input(self, request: Request) -> tuple[int, ...]:
         """All tokens but the last, at most `longest`, cut off in front."""
@@ -193,16 +200,14 @@ class HarnessModel(TemplateLM):
             prompt = self.tok_encode(text)[-max(1, self.longest - limit) :]
             prompts.append(prompt or [self.prefix_token_id])
             alike.setdefault((len(prompts[i]), repr(arguments)), []).append(i)
-        texts: dict[int, str] = {}
-        with self.progress("generating") as report:
-            for group in alike.values():
-                for start in range(0, len(group), self.batch or 1):
-                    report(len(texts), len(requests))
-                    chosen = group[start : start + (self.batch or 1)]
-                    ids = [prompts[i] for i in chosen]
-                    texts |= zip(chosen, self._go_on(ids, requests[chosen[0]].args[1]), strict=True)
-            report(len(texts), len(requests))
-        return [texts[i] for i in range(len(requests))]
+        batch = self.batch or 1
+        groups = [alike[key] for key in sorted(alike, reverse=True)]
+        jobs = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
+
+        def run(job: Sequence[int]) -> list[str]:
+            return self._go_on([prompts[i] for i in job], requests[job[0]].args[1])
+
+        return self._share("generating", [request.args for request in requests], jobs, run)
 
     def _go_on(self, prompts: list[list[int]], arguments: dict[str, Any]) -> list[str]:
         """The texts behind prompts of one length."""
@@ -222,6 +227,44 @@ class HarnessModel(TemplateLM):
                 if not open_rows:
                     break
         return texts
+
+    # -- processes ----------------------------------------------------------------------------
+
+    def _share(
+        self,
+        label: str,
+        requests: Sequence[Any],
+        jobs: Sequence[Sequence[int]],
+        run: Callable[[Sequence[int]], Iterable[Any]],
+    ) -> list[Any]:
+        """What `run` gives for each request, in their order; a job is numbers of some.
+
+        Every process runs its own jobs, and learns what the others gave. RankError where these
+        have other requests.
+        """
+        self._check_alike(requests)
+        mine, done = self.ranks.deal(jobs), Saved({"results": []})
+        results, total = done.about["results"], sum(map(len, mine))
+        with self.progress(label) as report:
+            for job in mine:
+                report(len(results), total)
+                results += zip(job, run(job), strict=True)
+            report(total, total)
+        found = dict(pair for part in self.ranks.gather(done) for pair in part.about["results"])
+        return [found[i] for i in range(len(requests))]
+
+    def _check_alike(self, requests: Sequence[Any]) -> None:
+        if self.ranks.count == 1:
+            return
+        digest = hashlib.sha256()
+        for request in requests:
+            digest.update(repr(request).encode())
+        told = self.ranks.gather(Saved({"digest": digest.hexdigest()}))
+        if len({part.about["digest"] for part in told}) > 1:
+            raise RankError(
+                "the processes of this run have different documents of a task",
+                hint="its data differ between hosts, or are drawn without a seed",
+            )
 
 
 def _score(logits: torch.Tensor, scored: list[int]) -> Score:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
 from ssmc.errors import UsageError
 from ssmc.runtime.generate import Model
 
@@ -30,21 +32,26 @@ def last_word(
     separator: int,
     batch: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks | None = None,
 ) -> LastWord:
     """Whether greedy decoding would go on with the last word of each text, over all texts.
 
     The task of LAMBADA (Paperno et al. 2016, arXiv 1606.06031): every token of the word, with the
     space before it, has to be the likeliest. The token `separator` stands before each text.
-    Passages of about one length run together, filled up behind, where nothing is scored.
-    UsageError for a text without two words.
+    Passages of about one length run together, filled up behind, where nothing is scored; `ranks`
+    are processes that share them. UsageError for a text without two words.
     """
     examples = sorted((split_last_word(tokenizer, text, separator) for text in texts), key=_length)
-    right = 0
-    for start in range(0, len(examples), batch):
-        progress(start, len(examples))
-        right += _count_right(model, examples[start : start + batch], separator)
-    progress(len(examples), len(examples))
-    return LastWord(right / len(examples), len(examples))
+    ranks = ranks or Ranks()
+    mine = ranks.deal([examples[i : i + batch] for i in range(0, len(examples), batch)])
+    total, done, right = sum(map(len, mine)), 0, 0
+    for some in mine:
+        progress(done, total)
+        right += _count_right(model, some, separator)
+        done += len(some)
+    progress(total, total)
+    every = sum(part.about["right"] for part in ranks.gather(Saved({"right": right})))
+    return LastWord(every / len(examples), len(examples))
 
 
 Example = tuple[list[int], list[int]]

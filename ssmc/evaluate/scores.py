@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ssmc.errors import UsageError, did_you_mean
 from ssmc.evaluate import embedded
@@ -51,8 +54,10 @@ def find_tasks(names: Iterable[str], include: Sequence[Path] = ()) -> Tasks:
     """The tasks, groups and tags of these names, with their data.
 
     They are lm-eval's, those over the embedded text, and those of YAML files in the folders
-    `include`. Raises UsageError for a name that none has, and where data cannot be loaded.
+    `include`. Documents that a task draws or shuffles are those of lm-eval's own command line.
+    Raises UsageError for a name that none has, and where data cannot be loaded.
     """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
     names = list(dict.fromkeys(names))
@@ -66,6 +71,8 @@ def find_tasks(names: Iterable[str], include: Sequence[Path] = ()) -> Tasks:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, manager.all_tasks) or "`lm_eval ls tasks` lists them"
             raise UsageError(f"lm-eval has no task '{name}'", hint=hint)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
     found: Tasks = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         for kind, members in _load(manager, name).items():

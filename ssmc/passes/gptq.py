@@ -154,9 +154,8 @@ class Gptq(Pass):
     ) -> float:
         """The squared error of the layer's outputs, as a share of that of nearest integers."""
         jobs = [(part, rows) for part in range(len(parts)) for rows in _tiles(weight)]
-        mine = range(ranks.number, len(jobs), ranks.count)
         done = Saved({}, {})
-        for job in mine:
+        for job in ranks.deal(range(len(jobs))):
             part, rows = jobs[job]
             q, scale, *errors = self._choose(*parts[part], rows, weight.form)
             done.about[str(job)] = errors

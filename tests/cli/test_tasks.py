@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import COMMAND, ended, start
 
 from ssmc.cli.target import open_target
 from ssmc.cli.tasks import find_baseline
+from ssmc.core.ranks import Ranks
 
 from .conftest import Call, legible
 
@@ -117,6 +120,19 @@ def test_an_artefact_scores_beside_the_model_it_was_made_from(
 
 
 @needs_lm_eval
+def test_processes_say_once_what_one_says(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = ("eval", str(demo_folder), "--tasks", "embedded", "--limit", "2", "--json")
+    alone, first, second = ended([*start(1, COMMAND, *command), *start(2, COMMAND, *command)])
+    found = [json.loads(out) | {"seconds": 0} for out in (alone, first)]
+    assert found[0] == found[1]
+    assert found[0]["baseline"] == "demo"
+    assert second == ""
+
+
+@needs_lm_eval
 def test_a_baseline_by_name_or_none(call: Call, offline: None, demo_folder: Path) -> None:
     arguments = ("eval", demo_folder, "--tasks", "embedded_cloze", "--limit", 1, "--baseline")
     alone = call(*arguments, "none", "--json").json
@@ -139,10 +155,10 @@ def test_the_float_model_has_to_be_the_one(
 ) -> None:
     target = open_target(str(tiny_artefact), device="cpu")
     monkeypatch.chdir(tmp_path)
-    assert find_baseline(target, None, "cpu") is None
+    assert find_baseline(target, None, "cpu", Ranks()) is None
     assert "tiny-mamba, which it was made from, is not here" in capsys.readouterr().err
     monkeypatch.chdir(tiny_folder.parent)
-    found = find_baseline(target, None, "cpu")
+    found = find_baseline(target, None, "cpu", Ranks())
     assert found is not None
     assert found.name == "tiny-mamba"
     other = shutil.copytree(tiny_folder, tmp_path / "tiny-mamba")
@@ -150,8 +166,8 @@ def test_the_float_model_has_to_be_the_one(
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     monkeypatch.chdir(tmp_path)
-    assert find_baseline(target, None, "cpu") is None
-    assert find_baseline(found, None, "cpu") is None
+    assert find_baseline(target, None, "cpu", Ranks()) is None
+    assert find_baseline(found, None, "cpu", Ranks()) is None
 
 
 @needs_lm_eval

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ended, start
 
 from ssmc.cli.target import Target, open_target
 from ssmc.corpus import read_texts
@@ -113,7 +115,7 @@ def test_inputs_that_are_equal_run_once(demo: Target) -> None:
 
 
 def test_simulated_and_lowered_score_alike(demo_folder: Path, pairs: Pairs) -> None:
-    target = open_target(str(demo_folder), device="cpu")
+    target = open_target(str(demo_folder), backend="reference", device="cpu")
     assert target.compiled is not None
     found = []
     for execution in ("simulated", "lowered"):
@@ -153,6 +155,54 @@ def test_a_continuation_without_tokens_or_longer_than_a_window_is_refused(demo: 
         short.loglikelihood(requests("loglikelihood", [("It is", "")]))
     with pytest.raises(UsageError, match="of 6 tokens cannot be scored: ' a b"):
         short.loglikelihood(requests("loglikelihood", [("It is", " a b c d e f")]))
+
+
+SHARED = """
+import json
+import torch
+from lm_eval.api.instance import Instance
+from ssmc.cli.target import open_target
+from ssmc.core.ranks import join
+from ssmc.corpus import read_texts
+from ssmc.demo import evaluation_file
+from ssmc.errors import RankError
+from ssmc.evaluate.harness import HarnessModel
+
+torch.set_num_threads(1)
+ranks, target = join(), open_target("demo", device="cpu")
+calls = []
+
+def run(ids, states=None):
+    calls.append(ids.numel())
+    return target.run(ids, states=states)
+
+model = HarnessModel(run, *target.encoder(), target.device, batch=3, longest=64, ranks=ranks)
+texts = [text[:40 + 37 * i] for i, text in enumerate(read_texts(evaluation_file())[:10])]
+stop = {"until": ["."], "max_gen_toks": 5}
+
+def ask(kind, rows):
+    given = [Instance(kind, {}, row, i) for i, row in enumerate(rows)]
+    return getattr(model, kind)(given)
+
+found = [
+    ask("loglikelihood", [(text[:-9], text[-9:]) for text in texts]),
+    ask("loglikelihood_rolling", [(text,) for text in texts]),
+    ask("generate_until", [(text, stop) for text in texts[:7]]),
+]
+work = sum(calls)
+try:
+    ask("loglikelihood", [("a", f" {ranks.number}")])
+except RankError as error:
+    found.append(str(error))
+print(json.dumps([found, work]))
+"""
+
+
+def test_processes_share_the_batches_and_have_what_one_has() -> None:
+    alone, *together = (json.loads(out) for out in ended([*start(1, SHARED), *start(2, SHARED)]))
+    for found, work in together:
+        assert found == [*alone[0], "the processes of this run have different documents of a task"]
+        assert 0.4 < work / alone[1] < 0.6
 
 
 def test_a_text_begins_with_what_the_tokenizer_puts_before_it() -> None:
