@@ -20,8 +20,14 @@ from ssmc.corpus import read_texts
 from ssmc.evaluate import LastWord, last_word, perplexity
 
 COUNT = 2
-ARCHITECTURES = ("mamba", "jamba")
 PASSES = "hadamard,smooth,percentile{p=0.99},gptq{asymmetric=true,sweeps=1}"
+TRAINED = "reconstruct{scales=tensor,steps=16,length=15,batch=3,patience=9}"
+COMPILED: dict[str, dict[str, Any]] = {
+    "mamba": {"samples": 7, "length": 24, "passes": PASSES, "scheme": "w4a16"},
+    "jamba": {"samples": 7, "length": 24, "passes": PASSES, "scheme": "w4a16"},
+    "mamba2": {"samples": 11, "length": 16, "passes": TRAINED, "scheme": "none"},
+}
+"""What is made of a model of each architecture."""
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -40,10 +46,9 @@ from ssmc.evaluate import perplexity
 torch.set_num_threads(1)
 ssmc.compiler.CALIBRATION_BATCH = 2
 ranks = join()
-given = json.loads(sys.argv[1])
 found = []
-for folder in given["models"]:
-    made = ssmc.compile(folder, calibration=f"{folder}/text.txt", **given["options"])
+for folder, options in json.loads(sys.argv[1]).items():
+    made = ssmc.compile(folder, calibration=f"{folder}/text.txt", **options)
     made.save(f"{folder}-{ranks.number}-of-{ranks.count}")
     windows = torch.arange(7 * 20).view(7, 20) % 30
     found.append(perplexity(made, windows, batch=2, ranks=ranks).perplexity)
@@ -52,15 +57,17 @@ print(json.dumps(found))
 
 
 def test_they_make_what_one_makes(tmp_path: Path) -> None:
-    models = [str(write_model(tmp_path / name, name)) for name in ARCHITECTURES]
-    options = {"samples": 7, "length": 24, "passes": PASSES, "scheme": "w4a16"}
-    given = json.dumps({"models": models, "options": options})
+    models = {str(write_model(tmp_path / name, name)): how for name, how in COMPILED.items()}
+    given = json.dumps(models)
     said = ended([*start(1, SHARED, given), *start(COUNT, SHARED, given)])
     assert all(found == said[0] for found in said)
     for folder in models:
         whole = files(Path(f"{folder}-0-of-1"))
         for rank in range(COUNT):
             assert files(Path(f"{folder}-{rank}-of-{COUNT}")) == whole
+    report = json.loads((tmp_path / "mamba2-0-of-1" / "report.json").read_text())
+    trained = next(p for p in report["passes"] if p["name"] == "reconstruct")
+    assert len(trained["matched"]) == 2
 
 
 def test_each_has_its_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,15 +106,19 @@ main()
 """
 
 
+@pytest.mark.parametrize(
+    ("passes", "savings"),
+    [("hadamard,percentile,gptq", 3), ("reconstruct{steps=4,length=15},percentile", 3)],
+)
 def test_a_process_that_dies_ends_the_run_with_one_message_and_leaves_progress(
-    tmp_path: Path,
+    tmp_path: Path, passes: str, savings: int
 ) -> None:
     model, out = write_model(tmp_path / "model"), tmp_path / "out"
     command = [
         "compile", str(model), "--calibration", str(model / "text.txt"), "--samples", "12",
-        "--length", "16", "--passes", "hadamard,percentile,gptq",
+        "--length", "16", "--passes", passes,
     ]  # fmt: skip
-    processes = start(2, DYING, "3", *command, "-o", str(out))
+    processes = start(2, DYING, str(savings), *command, "-o", str(out))
     told = [process.communicate(timeout=120)[1] for process in processes]
     assert processes[1].returncode == -9
     assert processes[0].returncode == 1, told[0]
@@ -120,7 +131,7 @@ def test_a_process_that_dies_ends_the_run_with_one_message_and_leaves_progress(
 
     ended(start(2, DYING, "1000", *command, "-o", str(out), "--resume"))
     assert not (tmp_path / "out.progress").exists()
-    given = {"samples": 12, "length": 16, "passes": "hadamard,percentile,gptq"}
+    given = {"samples": 12, "length": 16, "passes": passes}
     ssmc.compile(str(model), calibration=model / "text.txt", **given).save(tmp_path / "alone")
     assert files(out) == files(tmp_path / "alone")
 
@@ -189,6 +200,10 @@ def test_alone_everything_is_ones_own() -> None:
     assert list(ranks.deal(range(5))) == [0, 1, 2, 3, 4]
     part = Saved({"a": 1}, {"t": torch.ones(2)})
     assert ranks.gather(part) == [part]
+    assert ranks.map(lambda item: Saved({"item": item}), "ab") == [
+        Saved({"item": "a"}),
+        Saved({"item": "b"}),
+    ]
     assert ranks.agree(False) is False
     assert ranks.add_up(torch.zeros(2), [torch.ones(2), torch.ones(2)]).tolist() == [2, 2]
 

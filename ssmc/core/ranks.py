@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -45,6 +45,13 @@ class Ranks:
     def gather(self, part: Saved) -> list[Saved]:
         """What each process gives, in their order, on the host."""
         return [part]
+
+    def map(self, work: Callable[[T], Saved], items: Sequence[T]) -> list[Saved]:
+        """What `work` gives for each item, in their order: each process works on its own part.
+
+        What comes from others is on the host, and contiguous.
+        """
+        return [work(item) for item in items]
 
     def agree(self, value: bool) -> bool:
         """What the first process says."""
@@ -84,6 +91,21 @@ class Group(Ranks):
             rows = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
             dist.all_gather(rows, torch.nn.functional.pad(data, (0, longest - len(data))))
         return [_parsed(row[: int(size)]) for row, size in zip(rows, sizes, strict=True)]
+
+    def map(self, work: Callable[[T], Saved], items: Sequence[T]) -> list[Saved]:
+        """What `work` gives for each item: one's own goes the same way as that of others."""
+        done = [work(item) for item in self.own(items)]
+        tensors = {
+            f"{i} {name}": t for i, one in enumerate(done) for name, t in one.tensors.items()
+        }
+        found = []
+        for part in self.gather(Saved({"each": [one.about for one in done]}, tensors)):
+            ones = [Saved(about, {}) for about in part.about["each"]]
+            for key, tensor in part.tensors.items():
+                number, _, name = key.partition(" ")
+                ones[int(number)].tensors[name] = tensor
+            found += ones
+        return found
 
     def agree(self, value: bool) -> bool:
         """What the first process says."""

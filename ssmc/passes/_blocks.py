@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from ssmc.core import Graph, is_call
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
 from ssmc.core.state import fresh_states
 from ssmc.passes.ssm_sites import SCANS
 
@@ -63,11 +65,17 @@ def _is_read(node: fx.Node, calls: set[fx.Node]) -> bool:
 
 
 class Stream:
-    """The values of all windows between two blocks: what blocks to come read, and no more."""
+    """The values of all windows between two blocks: what blocks to come read, and no more.
 
-    def __init__(self, g: Graph, windows: Sequence[Tensor], batch: int) -> None:
+    Windows are run `batch` at a time, and `ranks` share these batches; each has all values.
+    """
+
+    def __init__(
+        self, g: Graph, windows: Sequence[Tensor], batch: int, ranks: Ranks | None = None
+    ) -> None:
         placeholders = [n for n in g.nodes if n.op == "placeholder"][: len(windows)]
         self.g, self.batch, self.room = g, batch, g.tokens(windows)
+        self.ranks = ranks or Ranks()
         self.values: Values = dict(zip(placeholders, windows, strict=True))
 
     def given(self, which: Tensor | slice) -> Values:
@@ -80,10 +88,16 @@ class Stream:
 
     def advance(self, block: Block, params: Params, call: Call = plain) -> None:
         """Run a block on all windows."""
-        with torch.no_grad():
-            parts = [block.run(self.given(which), params, call) for which in self._batches()]
+
+        def run(which: slice) -> Saved:
+            with torch.no_grad():
+                found = block.run(self.given(which), params, call)
+            return Saved({}, {node.name: value for node, value in found.items()})
+
+        parts, device = self.ranks.map(run, list(self._batches())), self.device
         for node in block.outputs:
-            self.values[node] = torch.cat([part[node] for part in parts])
+            value = torch.cat([part.tensors[node.name].to(device) for part in parts])
+            self.values[node] = value.contiguous()  # as it comes from others, and from the disk
 
     def forget(self, later: set[fx.Node]) -> None:
         """Keep only the values that calls in `later` read."""

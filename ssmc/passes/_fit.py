@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ssmc.core.ranks import Ranks
+from ssmc.core.saved import Saved
 from ssmc.passes._blocks import Block, Call, Params, Stream
 
 
@@ -32,6 +35,7 @@ class Fit:
 
     `call(number)` says how calls are computed in step `number`. `masks` are of the parameters that
     are trained, by name: 0 where an element stays. The last quarter of the windows is held back.
+    `ranks` share the windows of each step, whose gradients are added in order, and those held back.
     """
 
     block: Block
@@ -40,6 +44,7 @@ class Fit:
     student: Stream
     teacher: Stream
     call: Callable[[int], Call]
+    ranks: Ranks = field(default_factory=Ranks)
 
     def run(
         self, schedule: Schedule, draw: torch.Generator, progress: Callable[[int], None]
@@ -67,29 +72,43 @@ class Fit:
     def _step(
         self, adam: torch.optim.Optimizer, leaves: dict[str, Tensor], which: Tensor, number: int
     ) -> None:
-        adam.zero_grad()
-        with torch.enable_grad():
-            self._error(leaves, which, number).backward()
+        found = self.ranks.map(lambda one: self._gradients(leaves, one, number), which.split(1))
         for name, leaf in leaves.items():
-            if leaf.grad is not None:
-                leaf.grad *= self.masks[name]
+            parts = [part.tensors[name].to(leaf.device) for part in found]
+            mean = functools.reduce(torch.add, parts) / len(which)
+            leaf.grad = torch.zeros_like(leaf).masked_scatter_(self.masks[name] > 0, mean)
         adam.step()
+
+    def _gradients(self, leaves: dict[str, Tensor], which: Tensor, number: int) -> Saved:
+        """The gradients of some windows' error, of what is trained, in one dimension."""
+        with torch.enable_grad():
+            error = self._error(leaves, which, number)
+        grads = torch.autograd.grad(error, list(leaves.values()), materialize_grads=True)
+        found = zip(leaves, grads, strict=True)
+        return Saved({}, {name: grad[self.masks[name] > 0] for name, grad in found})
 
     def _error(self, leaves: Params, which: Tensor | slice, number: int) -> Tensor:
         """The mean squared error of the outputs, each relative to its mean square."""
         given = self.student.given(which)
         found = self.block.run(given, {**self.params, **leaves}, self.call(number))
         errors = [
-            (value - self.teacher.values[node][which]).square().mean()
-            / self.teacher.values[node].square().mean()
+            (value - self.teacher.values[node][which]).square().mean() / self._sizes[node]
             for node, value in found.items()
         ]
         return torch.stack(errors).sum()
 
+    @functools.cached_property
+    def _sizes(self) -> dict[fx.Node, Tensor]:
+        """The mean squares of the outputs in all windows."""
+        return {node: self.teacher.values[node].square().mean() for node in self.block.outputs}
+
     def _held_back(self, leaves: Params, batch: int) -> float:
-        with torch.no_grad():
-            errors = [self._error(leaves, part, 0).item() for part in self._parts(batch)]
-        return sum(errors) / len(errors)
+        def look(part: slice) -> Saved:
+            with torch.no_grad():
+                return Saved({"error": self._error(leaves, part, 0).item()})
+
+        found = self.ranks.map(look, list(self._parts(batch)))
+        return sum(part.about["error"] for part in found) / len(found)
 
     def _parts(self, batch: int) -> Iterator[slice]:
         for start in range(self._trained(), self.student.windows, batch):

@@ -42,7 +42,8 @@ class Reconstruct(Pass):
     Adam (Kingma and Ba 2015) takes `steps` steps a block of `batch` windows with learning rate
     `lr`, falling to zero; it looks at those held back eight times, and ends after `patience` looks
     without a gain. Draws follow the recipe's seed. Memory is bounded by one block's states for
-    `batch` windows, and by the values between two blocks for all windows.
+    `batch` windows, and by the values between two blocks for all windows. Several processes share
+    the windows of a step, whose gradients are added in their order, and those held back.
     """
 
     name = "reconstruct"
@@ -73,15 +74,15 @@ class Reconstruct(Pass):
     def run(self, g: Graph, context: Context) -> None:
         """Walk through the blocks, the model in float beside the one that is trained."""
         windows = self._windows(context)
-        exact, rounded = (Stream(g, windows, self.batch) for _ in range(2))
+        exact, rounded = (Stream(g, windows, self.batch, context.ranks) for _ in range(2))
         order, draw = blocks(g), torch.Generator().manual_seed(context.seed)
         done = _restore(context.log.restore(g), exact, rounded, draw)
         for number, block in enumerate(order[done:], done):
             params = _there(g, block, context.device)
             exact.advance(block, params)
-            masks = self._masks(g, block)
+            masks = self._masks(g, block, context.device)
             if masks:
-                fit = Fit(block, params, masks, rounded, exact, self._call)
+                fit = Fit(block, params, masks, rounded, exact, self._call, context.ranks)
                 self._fit(g, fit, draw, self._progress(context, number, len(order)))
                 params = _there(g, block, context.device)
             rounded.advance(block, params, self._call(0))
@@ -103,13 +104,13 @@ class Reconstruct(Pass):
             )
         return windows
 
-    def _masks(self, g: Graph, block: Block) -> dict[str, Tensor]:
+    def _masks(self, g: Graph, block: Block, device: torch.device) -> dict[str, Tensor]:
         """The parameters of a block that are trained, and where."""
         sites = [s for s in g.facts["ssm-sites"] if s.scan in block.scans and is_kept(s.scan)]
         found = selective_params(g, block.calls, sites)
         if block.scans and not (sites and found):
             g.skip(block.scans[0], "it keeps no state, or no parameter is its own")
-        return {str(node.target): mask for node, mask in found.items()} if sites else {}
+        return {str(n.target): mask.to(device) for n, mask in found.items()} if sites else {}
 
     def _fit(
         self, g: Graph, fit: Fit, draw: torch.Generator, progress: Callable[[int], None]

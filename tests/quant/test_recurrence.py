@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmc.quant.recurrence import rounded_recurrence
+from ssmc.quant.recurrence import PART, rounded_recurrence
 from ssmc.quant.state import round_state_tensor
+
+LENGTH = 2 * PART + 3
 
 
 def operands(kind: str) -> tuple[Tensor, ...]:
     """dt, x, A, B, C in float64: A of a channel and a place, or of a head."""
     heads, P, N = (1, 4, 5) if kind == "channels" else (2, 3, 5)
     shape = (P, N) if kind == "channels" else (1, 1)
-    dt = torch.rand(2, 6, heads, shape[0]).double()
-    x, B, C = (torch.randn(2, 6, heads, n).double() for n in (P, N, N))
+    dt = torch.rand(2, LENGTH, heads, shape[0]).double()
+    x, B, C = (torch.randn(2, LENGTH, heads, n).double() for n in (P, N, N))
     return dt, x, -torch.rand(heads, *shape).double(), B, C
 
 
@@ -59,7 +61,7 @@ def test_rounding_is_told_the_step_and_makes_a_difference(kind: str) -> None:
 
     given = operands(kind)
     exact = rounded_recurrence(*given, store)
-    assert steps == list(range(6))
+    assert steps == list(range(LENGTH))
     rounded = rounded_recurrence(*given, rounding)
     assert torch.equal(rounded[:, 0], exact[:, 0])  # the first output is that of a fresh state
     assert (rounded - exact)[:, 1:].abs().max() > 1e-3
