@@ -54,10 +54,8 @@ def find_tasks(names: Iterable[str], include: Sequence[Path] = ()) -> Tasks:
     """The tasks, groups and tags of these names, with their data.
 
     They are lm-eval's, those over the embedded text, and those of YAML files in the folders
-    `include`. Documents that a task draws or shuffles are those of lm-eval's own command line.
-    Raises UsageError for a name that none has, and where data cannot be loaded.
+    `include`. Raises UsageError for a name that none has, and where data cannot be loaded.
     """
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
     names = list(dict.fromkeys(names))
@@ -71,13 +69,20 @@ def find_tasks(names: Iterable[str], include: Sequence[Path] = ()) -> Tasks:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, manager.all_tasks) or "`lm_eval ls tasks` lists them"
             raise UsageError(f"lm-eval has no task '{name}'", hint=hint)
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
+    _seed()
     found: Tasks = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         for kind, members in _load(manager, name).items():
             found[kind] |= members
     return found
+
+
+def _seed() -> None:
+    """As lm-eval's own command line does: some tasks draw documents, as they are read or later."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
@@ -106,6 +111,7 @@ def score(
         if own is None or (fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=fewshot or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    _seed()
     # Without its bootstrap, which starts processes; the errors of means are computed here.
     found = evaluate(model, tasks, limit=limit, bootstrap_iters=0)
     assert found is not None

@@ -166,7 +166,10 @@ class CompiledForCausalLM(PreTrainedModel, GenerationMixin):
         return logits[:, -keep:]
 
 
-_IGNORED = {"position_ids", "cache_position"}  # which the states know
+_IGNORED = {
+    "position_ids", "cache_position",  # which the states know
+    "tokenizer",  # with which `generate` looks for stop strings, and which it passes on
+}  # fmt: skip
 
 
 def _refuse(given: dict[str, Any]) -> None:

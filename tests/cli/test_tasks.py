@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,29 @@ def test_solved_examples_stand_before_the_question(
     for without, with_examples in zip(alone, seen, strict=True):
         assert with_examples.endswith(without)
         assert with_examples.count("\n\n") >= 2
+
+
+@needs_lm_eval
+def test_what_a_task_draws_is_the_same_every_time(
+    call: Call, offline: None, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{i} {i * i}"}}\n' for i in range(99)))
+    text = LAST_WORD.format(file=tmp_path / "rows.jsonl", cache=tmp_path / "cache")
+    (tmp_path / "own.yaml").write_text(f"{text}process_docs: !function drawn.documents\n")
+    (tmp_path / "drawn.py").write_text(
+        "import random\n\ndef documents(rows):\n"
+        "    return rows.select(random.sample(range(len(rows)), 3))\n"
+    )
+    values = []
+    for seed in (1, 2):
+        random.seed(seed)
+        found = call(
+            "eval", "demo", "--tasks", "own_last_word", "--include", tmp_path,
+            "--baseline", "demo", "--device", "cpu", "--json",
+        ).json  # fmt: skip
+        assert {row["difference"] for row in found["scores"]} == {0}
+        values.append([row["value"] for row in found["scores"]])
+    assert values[0] == values[1]
 
 
 @needs_lm_eval

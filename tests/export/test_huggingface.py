@@ -82,6 +82,18 @@ def test_generate_gives_the_tokens_of_ssmc(
     assert torch.equal(found, greedy(compiled, ids, 12))
 
 
+def test_stop_strings_end_a_text(model: Any, tokenizer: Any, compiled: CompiledModel) -> None:
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    tokens = greedy(compiled, ids, 12)
+    stop = tokenizer.decode(tokens[0, 4])
+    given = {"max_new_tokens": 12, "do_sample": False, "stop_strings": stop, "tokenizer": tokenizer}
+    found = model.generate(ids, **given)[:, ids.shape[1] :]
+    assert 0 < found.shape[1] <= 5
+    assert torch.equal(found, tokens[:, : found.shape[1]])
+    assert stop in tokenizer.decode(found[0])
+    assert stop not in tokenizer.decode(found[0, :-1])
+
+
 def test_padding_on_the_left_changes_nothing(
     model: Any, tokenizer: Any, compiled: CompiledModel
 ) -> None:
