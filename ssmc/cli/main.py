@@ -26,7 +26,7 @@ from ssmc.cli import compile as compile_command
 from ssmc.cli import eval as eval_command
 from ssmc.cli import run as run_command
 from ssmc.cli.output import fail
-from ssmc.errors import SsmcError
+from ssmc.errors import RankError, SsmcError
 
 INTERRUPTED = 130
 
@@ -86,7 +86,11 @@ def main() -> None:
     except Exception as error:
         if debug and not _is_usage(error):
             raise
-        _fail_once(*_explain(error))
+        try:
+            _fail_once(*_explain(error))
+        finally:
+            if isinstance(error, RankError):
+                _leave_at_once(error.exit_code)
     if code == INTERRUPTED:
         fail("interrupted", "nothing half-written is left behind", code)
     sys.exit(code)
@@ -100,6 +104,13 @@ def _fail_once(message: str, hint: str | None, code: int) -> NoReturn:
         if not find_ranks().is_first_to_tell():
             sys.exit(code)
     fail(message, hint, code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End without taking down the connections, of which one is broken: gloo may abort there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(arguments: Sequence[str]) -> int:
