@@ -28,7 +28,7 @@ from ssmc.lowering.lower import find_backend
 from ssmc.native.model import CODE, FILES, PROGRAM, SCHEMA, TENSORS, TOKENIZER
 from ssmc.runtime import Artefact, CompiledModel
 from ssmc.runtime.artefact import Kind, whole_folder, write_json
-from ssmc.runtime.session import SMALLEST_PIECE
+from ssmc.runtime.session import SMALLEST_PIECE, pieces
 
 LARGEST_PIECE = 512  # tokens: the results of one call then take little memory
 ROOM = 2048  # tokens that caches have room for
@@ -287,8 +287,4 @@ def _check(model: CompiledModel, folder: Path) -> None:
 
 def pieces_of(length: int) -> list[int]:
     """The lengths of the calls in which a program takes a prompt."""
-    found = []
-    for size in reversed(lengths()):
-        count, length = divmod(length, size)
-        found += [size] * count
-    return found
+    return pieces(length, LARGEST_PIECE, SMALLEST_PIECE)

@@ -16,13 +16,14 @@ from ssmc.kernels.cpu import numbers
 from ssmc.kernels.cpu.vectors import (
     FLOATS,
     WORDS,
+    broadcast,
     integer,
     load,
     multiply_add,
     store,
     sums_of_lanes,
 )
-from ssmc.kernels.cpu.words import F32, I8, I32, for_loop
+from ssmc.kernels.cpu.words import I8, I32, for_loop
 
 LANES = 16
 EXPONENT = ir.Constant(WORDS, [23] * LANES)  # where the bits of a float32 have it
@@ -32,12 +33,6 @@ MAGNITUDE = ir.Constant(WORDS, [0x7FFFFFFF] * LANES)
 def every(value: Any) -> Any:
     """A number in all lanes."""
     return ir.Constant(FLOATS, [float(value)] * LANES)
-
-
-def broadcast(builder: Any, address: Any) -> Any:
-    """The float32 at an address in all lanes."""
-    single = builder.bitcast(load(builder, address, F32), ir.VectorType(F32, 1))
-    return builder.shuffle_vector(single, single, ir.Constant(WORDS, [0] * LANES))
 
 
 def _series(builder: Any, coefficients: Any, x: Any) -> Any:
@@ -145,38 +140,30 @@ def dequantise_token(typing_context, out, q, scale, blocks):
     return types.void(*[types.int64] * 4), generate
 
 
-@intrinsic
-def softplus_of(typing_context, x, blocks):
-    """softplus of float32 at an address, in their place, of 16 `blocks`."""
+def _in_place(function: Any) -> Any:
+    """An intrinsic: a function of float32 at an address, in their place, of 16 `blocks`."""
 
-    def generate(context, builder, signature, arguments):
-        x, blocks = arguments
+    @intrinsic
+    def in_place(typing_context, x, blocks):
+        def generate(context, builder, signature, arguments):
+            x, blocks = arguments
 
-        def body(index: Any, place: Any) -> None:
-            at = builder.add(x, place)
-            store(builder, softplus(builder, load(builder, at, FLOATS)), at)
+            def body(index: Any, place: Any) -> None:
+                at = builder.add(x, place)
+                store(builder, function(builder, load(builder, at, FLOATS)), at)
 
-        _blocks(builder, blocks, body)
-        return context.get_dummy_value()
+            _blocks(builder, blocks, body)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 2), generate
+        return types.void(*[types.int64] * 2), generate
+
+    return in_place
 
 
-@intrinsic
-def silu_of(typing_context, x, blocks):
-    """SiLU of float32 at an address, in their place, of 16 `blocks`."""
-
-    def generate(context, builder, signature, arguments):
-        x, blocks = arguments
-
-        def body(index: Any, place: Any) -> None:
-            at = builder.add(x, place)
-            store(builder, silu(builder, load(builder, at, FLOATS)), at)
-
-        _blocks(builder, blocks, body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 2), generate
+softplus_of = _in_place(softplus)
+"""softplus of float32 at an address, in their place, of 16 `blocks`."""
+silu_of = _in_place(silu)
+"""SiLU of them."""
 
 
 @intrinsic

@@ -190,6 +190,12 @@ four_parts = _stages(2)
 """Two stages, of 4 such parts."""
 
 
+def broadcast(builder: Any, address: Any) -> Any:
+    """The float32 at an address in all lanes."""
+    single = builder.bitcast(load(builder, address, F32), ir.VectorType(F32, 1))
+    return builder.shuffle_vector(single, single, ir.Constant(WORDS, [0] * 16))
+
+
 def _rows_sum(kind: Any, size: int, registers: int) -> Any:
     """An intrinsic: the sum of rows of `kind`, a number of `size` bytes, times float32 weights."""
 
@@ -197,12 +203,11 @@ def _rows_sum(kind: Any, size: int, registers: int) -> Any:
     def rows_sum(typing_context, out, weights, rows, stride, count):
         def generate(context, builder, signature, arguments):
             out, weights, rows, stride, count = arguments
-            fused, every = multiply_add(builder), ir.Constant(WORDS, [0] * 16)
+            fused = multiply_add(builder)
 
             def step(index: Any, totals: list[Any]) -> list[Any]:
                 place = builder.add(weights, builder.mul(index, integer(4)))
-                single = builder.bitcast(load(builder, place, F32), ir.VectorType(F32, 1))
-                weight = builder.shuffle_vector(single, single, every)
+                weight = broadcast(builder, place)
                 row = builder.add(rows, builder.mul(index, stride))
                 parts = (builder.add(row, integer(16 * size * i)) for i in range(registers))
                 values = [_widened(builder, part, kind) for part in parts]
@@ -227,7 +232,7 @@ def _two_rows_sums(kind: Any, size: int) -> Any:
     def two_rows_sums(typing_context, out, apart, weights, weights_apart, rows, stride, count):
         def generate(context, builder, signature, arguments):
             out, apart, weights, weights_apart, rows, stride, count = arguments
-            fused, every = multiply_add(builder), ir.Constant(WORDS, [0] * 16)
+            fused = multiply_add(builder)
 
             def step(index: Any, totals: list[Any]) -> list[Any]:
                 row = builder.add(rows, builder.mul(index, stride))
@@ -235,8 +240,7 @@ def _two_rows_sums(kind: Any, size: int) -> Any:
                 values = [_widened(builder, part, kind) for part in parts]
                 place, new = builder.add(weights, builder.mul(index, integer(4))), []
                 for first in (0, 4):
-                    single = builder.bitcast(load(builder, place, F32), ir.VectorType(F32, 1))
-                    weight = builder.shuffle_vector(single, single, every)
+                    weight = broadcast(builder, place)
                     pairs_of = zip(values, totals[first : first + 4], strict=True)
                     new += [builder.call(fused, [v, weight, total]) for v, total in pairs_of]
                     place = builder.add(place, weights_apart)
